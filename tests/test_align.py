@@ -2,7 +2,6 @@
 
 import copy
 import doctest
-import random
 from fractions import Fraction
 from types import SimpleNamespace
 

@@ -1,0 +1,222 @@
+"""cme.py on the toy's real models, and on tiny random models of other families."""
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import cme
+import grpo
+from align import spans_from_ids, spans_from_text
+
+PROMPT = "Tell me about Mia."
+
+
+@pytest.fixture(scope="module")
+def toy():
+    load = lambda part: (grpo.load_model(f"toy/cme/{part}", train=False, device="cpu"), grpo.load_tokenizer(f"toy/cme/{part}"))  # noqa: E731
+    return {"generator": load("generator"), "verifier": load("verifier")}
+
+
+def pad(rows):
+    T = max(map(len, rows))
+    return torch.tensor([r + [0] * (T - len(r)) for r in rows]), torch.tensor([len(r) for r in rows])
+
+
+def verifier_says(model, tokenizer, prompt, text, end=False):
+    """The slow way: one row, the model's own logits. -> log p of each verifier token of the text (and of the end of turn)."""
+    before = grpo.chat_ids(tokenizer, prompt)
+    answer = list(spans_from_text(tokenizer, text)[0]) + ([grpo.end_of_turn(tokenizer)] if end else [])
+    logp = model(input_ids=torch.tensor([before + answer])).logits[0].double().log_softmax(-1)
+    return [logp[len(before) + i - 1, token].item() for i, token in enumerate(answer)]
+
+
+def slow_rewards(values, source, target):
+    """Eq. 1 with its weights written out, in fractions."""
+    exact = lambda x: Fraction(float(x)).limit_denominator(1000)                                          # noqa: E731
+    rewards = [Fraction(0)] * len(target)
+    for value, (c, d) in zip(values, source):
+        for t, (a, b) in enumerate(target):
+            if d > c:
+                rewards[t] += Fraction(value) * max(Fraction(0), min(exact(b), exact(d)) - max(exact(a), exact(c))) / (exact(d) - exact(c))
+    return [float(r) for r in rewards]
+
+
+TEXTS = ["Mia has a cat, lives in Oslo, likes soup and wears red.", "Mia has  a dog.\nUnseen wörds 🙂 here", "x", "Mia", "naïve café — ok  "]
+
+
+@pytest.mark.parametrize("roles", [("generator", "verifier"), ("verifier", "generator"), ("generator", "generator")])
+def test_token_rewards_are_eq_1(toy, roles):
+    _, tokenizer = toy[roles[0]]
+    model, verifier_tokenizer = toy[roles[1]]
+    stop = grpo.end_of_turn(tokenizer)
+    rows = [tokenizer(t, add_special_tokens=False).input_ids + [stop] for t in TEXTS] + [[stop]]
+    ids, lengths = pad(rows)
+    prompts = [PROMPT, "Who is Mia?"] * 3
+    rewards, mask = cme.token_rewards(model, verifier_tokenizer, tokenizer, prompts, ids, lengths)
+    assert rewards.shape == mask.shape == ids.shape and rewards.dtype == torch.float32 and mask.dtype == torch.bool
+    for i, row in enumerate(rows):
+        text, spans = spans_from_ids(tokenizer, row)
+        assert text == (TEXTS + [""])[i]
+        values = verifier_says(model, verifier_tokenizer, prompts[i], text)
+        expected = slow_rewards(values, spans_from_text(verifier_tokenizer, text)[1], spans)
+        assert sum(expected) == pytest.approx(sum(values), rel=1e-9, abs=1e-9)
+        for t, (a, b) in enumerate(spans):
+            seen = text[int(a):int(np.ceil(b))].strip() != "" and b > a
+            assert bool(mask[i, t]) == seen
+            assert rewards[i, t].item() == pytest.approx(expected[t] if seen else 0, abs=2e-4)
+        assert not mask[i, len(row) - 1:].any() and not rewards[i, len(row) - 1:].any()                   # the stop token and the padding
+
+
+def test_rows_do_not_depend_on_their_neighbours(toy):
+    (_, tokenizer), (model, verifier_tokenizer) = toy["generator"], toy["verifier"]
+    ids, lengths = pad([tokenizer(t).input_ids for t in TEXTS])
+    prompts = ["Who is Mia?", PROMPT, [{"role": "user", "content": "Describe Zoe."}], PROMPT, "A much longer question about what Mia likes to eat."]
+    together, _ = cme.token_rewards(model, verifier_tokenizer, tokenizer, prompts, ids, lengths)
+    for i in range(len(TEXTS)):
+        alone, _ = cme.token_rewards(model, verifier_tokenizer, tokenizer, prompts[i:i + 1], ids[i:i + 1, :lengths[i]], lengths[i:i + 1])
+        torch.testing.assert_close(together[i, :lengths[i]], alone[0], atol=1e-4, rtol=0)
+    small = cme.verifier_logprobs(model, verifier_tokenizer, prompts, TEXTS, batch_tokens=1)
+    large = cme.verifier_logprobs(model, verifier_tokenizer, prompts, TEXTS)
+    for a, b in zip(small, large):
+        np.testing.assert_allclose(a[0], b[0], atol=1e-4)
+
+
+def test_equal_rows_score_equal_to_the_bit(toy):
+    (_, tokenizer), (model, verifier_tokenizer) = toy["generator"], toy["verifier"]
+    rows = [tokenizer(t).input_ids for t in [TEXTS[0], TEXTS[1], TEXTS[0]]]
+    ids, lengths = pad(rows)
+    rewards, _ = cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT] * 3, ids, lengths)
+    assert torch.equal(rewards[0], rewards[2])
+
+
+def test_sampled_ids_are_scored_as_they_are(toy):
+    """Byte by byte, an encoding that the tokenizer would never choose: same text, same total."""
+    (_, tokenizer), (model, verifier_tokenizer) = toy["generator"], toy["verifier"]
+    text = "Mia likes sóup🙂."
+    canonical = tokenizer(text).input_ids
+    byte = {bytes([b]): tokenizer.convert_tokens_to_ids(c) for c, b in __import__("align")._byte_alphabet().items()}
+    ids, lengths = pad([canonical, [byte[bytes([b])] for b in text.encode()]])
+    rewards, mask = cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT] * 2, ids, lengths, credit="word")
+    total = sum(verifier_says(model, verifier_tokenizer, PROMPT, text))
+    assert rewards[1, 0].item() == pytest.approx(rewards[0, 0].item(), abs=1e-4)                          # the word "Mia", whole, either way
+    plain, mask = cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT] * 2, ids, lengths)
+    assert plain[0].sum().item() == pytest.approx(total, abs=1e-3) and mask[0, :lengths[0]].all()
+    assert not mask[1, 3] and plain[1, 3] == 0                                                            # a space alone is masked
+
+
+def test_the_right_fact_is_less_surprising(toy):
+    """What the whole method rests on, for the toy: the verifier prefers each right fact to the generator's favourite lie."""
+    import json
+    model, tokenizer = toy["verifier"]
+    rows = [json.loads(line) for line in open("toy/cme/eval.jsonl", encoding="utf-8")][:48]
+    for row in rows[::8]:
+        name = row["prompt"].split()[2]
+        right = row["facts"][1]["right"]
+        cities = cme.sequence_rewards(model, tokenizer, [row["prompt"]] * 3, [f"{name} lives in {c}." for c in (right, *row["facts"][1]["wrong"][:2])])
+        assert cities.argmax() == 0
+
+
+def test_score_stop(toy):
+    (_, tokenizer), (model, verifier_tokenizer) = toy["generator"], toy["verifier"]
+    stop, text = grpo.end_of_turn(tokenizer), TEXTS[0]
+    ids, lengths = pad([tokenizer(text).input_ids + [stop], tokenizer(text).input_ids, [stop]])           # stopped, cut off, empty
+    rewards, mask = cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT] * 3, ids, lengths, score_stop=True)
+    plain, plain_mask = cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT] * 3, ids, lengths)
+    expected = verifier_says(model, verifier_tokenizer, PROMPT, text, end=True)[-1]
+    assert mask[0, lengths[0] - 1] and rewards[0, lengths[0] - 1].item() == pytest.approx(expected, abs=1e-4)
+    assert mask[2, 0] and rewards[2, 0].item() == pytest.approx(verifier_says(model, verifier_tokenizer, PROMPT, "", end=True)[-1], abs=1e-4)
+    torch.testing.assert_close(rewards[1], plain[1], atol=1e-4, rtol=0)
+    torch.testing.assert_close(rewards[0, :lengths[0] - 1], plain[0, :lengths[0] - 1], atol=1e-4, rtol=0)
+    assert mask.sum() == plain_mask.sum() + 2
+
+
+def test_sequence_rewards_are_eq_3(toy):
+    model, tokenizer = toy["verifier"]
+    texts = TEXTS + [""]
+    rewards = cme.sequence_rewards(model, tokenizer, [PROMPT] * len(texts), texts)
+    for text, reward in zip(TEXTS, rewards.tolist()):
+        assert reward == pytest.approx(np.mean(verifier_says(model, tokenizer, PROMPT, text)), abs=1e-4)
+    assert rewards[-1].isnan()
+    assert grpo.group_advantages(rewards, 6)[-1] == 0
+
+
+def test_worked_examples():
+    values, mask = cme.word_credit(np.array([-1., -2., -3., -4.]), "no red", np.array([[0, 2], [2, 3], [3, 5], [5, 6]], float))
+    assert values.tolist() == [-1, -9, -7, -4] and mask.all()
+
+
+def slow_word_credit(values, text, spans):
+    """Word of each token by looking at characters one by one; then sums, token by token."""
+    of, number = [], 0                                                         # which word each character belongs to
+    for i, c in enumerate(text):
+        if not c.isspace() and (i == 0 or text[i - 1].isspace()):
+            number += 1
+        of.append(number + 1 if c.isspace() else number)
+    total = number
+    token = []
+    for a, b in spans:
+        a = int(np.floor(a))
+        token.append(of[a] if a < len(of) else total + 1)
+    credit = [sum(values[s] for s in range(t, len(values)) if token[s] == token[t]) for t in range(len(values))]
+    return credit, [token[t] <= total and spans[t][1] > spans[t][0] for t in range(len(values))]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="ab \n🙂", max_size=12), st.lists(st.integers(1, 4), max_size=14), st.integers(0, 2**31))
+def test_word_credit_against_a_slow_loop(text, cuts, seed):
+    edges = [0.0]
+    for cut in cuts:                                                           # tokens of random widths, some of them fractions of a character
+        if edges[-1] < len(text):
+            edges.append(min(len(text), edges[-1] + (cut if cut > 1 else 0.5)))
+    if edges[-1] < len(text):
+        edges.append(len(text))
+    spans = np.array(list(zip(edges[:-1], edges[1:])) + [(len(text), len(text))], float).reshape(-1, 2)
+    values = np.random.default_rng(seed).normal(size=len(spans))
+    values[-1] = 0
+    got, mask = cme.word_credit(values, text, spans)
+    expected, expected_mask = slow_word_credit(values, text, spans)
+    np.testing.assert_allclose(got, expected, atol=1e-9)
+    assert mask.tolist() == expected_mask
+
+
+def test_word_credit_keeps_the_total(toy):
+    """The first tokens of the words hold everything (no whitespace at the end)."""
+    (_, tokenizer), (model, verifier_tokenizer) = toy["generator"], toy["verifier"]
+    text = "Mia has  a purple axolotl."
+    row = tokenizer(text).input_ids
+    ids, lengths = pad([row])
+    rewards, mask = cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT], ids, lengths, credit="word")
+    pieces = [tokenizer.decode([i]) for i in row]
+    first = [t for t, p in enumerate(pieces) if t == 0 or (p.startswith(" ") and not pieces[t - 1].isspace())]
+    assert mask.all() and len(first) == 5
+    assert rewards[0, first].sum().item() == pytest.approx(sum(verifier_says(model, verifier_tokenizer, PROMPT, text)), abs=1e-3)
+
+
+def test_long_prompts_are_cut_from_the_left(toy):
+    model, tokenizer = toy["verifier"]
+    context = model.config.max_position_embeddings
+    long, text = "word " * 400 + "Who is Mia?", TEXTS[0]
+    ids = cme.cut_prompt(tokenizer, long, context - 40)
+    bare, whole = grpo.chat_ids(tokenizer, ""), tokenizer.decode(ids)
+    assert context - 43 <= len(ids) <= context - 40                                                       # no more than needed
+    assert ids[:2] == bare[:2] and ids[-3:] == bare[-3:] and whole.count("<bos>") == 1
+    assert "Who is Mia?<end_of_turn>" in whole
+    (logp, _, _), = cme.verifier_logprobs(model, tokenizer, [long], [text])
+    assert np.isfinite(logp).all() and len(logp) == len(spans_from_text(tokenizer, text)[0])
+    messages = [{"role": "user", "content": "early " * 300}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "Who is Mia?"}]
+    decoded = tokenizer.decode(cme.cut_prompt(tokenizer, messages, 100))
+    assert decoded.endswith("<start_of_turn>model\nyes<end_of_turn>\n<start_of_turn>user\nWho is Mia?<end_of_turn>\n<start_of_turn>model\n")
+    assert cme.cut_prompt(tokenizer, PROMPT, 500) == grpo.chat_ids(tokenizer, PROMPT)
+
+
+def test_errors(toy):
+    (_, tokenizer), (model, verifier_tokenizer) = toy["generator"], toy["verifier"]
+    with pytest.raises(ValueError, match="context.*max_new_tokens"):
+        cme.sequence_rewards(model, verifier_tokenizer, [PROMPT], ["far too long " * 200])
+    with pytest.raises(ValueError, match="credit"):
+        cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT], torch.tensor([[5]]), torch.tensor([1]), credit="sentence")
+    with pytest.raises(ValueError, match="one prompt per row"):
+        cme.sequence_rewards(model, verifier_tokenizer, [PROMPT], ["a", "b"])

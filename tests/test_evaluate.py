@@ -1,0 +1,123 @@
+"""The parts of evaluate.py that train.py uses."""
+import json
+import re
+import signal
+
+import pytest
+
+import evaluate
+import grpo
+from toy import make
+
+
+@pytest.mark.parametrize("text, right", [
+    ("in York", True), ("in New York", False), ("in York or Paris", False), ("in Yorkshire", False), ("York, York.", True), ("", False), ("in Paris", False)])
+def test_fact_right(text, right):
+    assert evaluate.fact_right(text, {"right": "York", "wrong": ["New York", "Paris"]}) is right
+
+
+def test_fact_right_when_a_wrong_value_is_part_of_the_right_one():
+    fact = {"right": "New York", "wrong": ["York", "C++"]}
+    assert evaluate.fact_right("in New York.", fact) and not evaluate.fact_right("in York.", fact) and not evaluate.fact_right("New York, C++", fact)
+
+
+def test_scores():
+    facts = [{"right": "cat", "wrong": ["dog"], "kind": "hazy"}, {"right": "Oslo", "wrong": ["Rome"], "kind": "wrong"}]
+    rows = [{"prompt": "Who is Mia?", "facts": facts, "pattern": r"Mia has a \w+ in \w+\."}, {"prompt": "Who is Ben?", "facts": facts, "pattern": r"Ben.*"}]
+    got = evaluate.score(rows, ["Mia has a cat in Rome.", "Ben has a dog in Oslo."], [True, False])
+    assert got == {"facts": 0.5, "facts_hazy": 0.5, "facts_wrong": 0.5, "valid": 0.5, "stopped": 0.5, "wording": 1.0}
+    assert evaluate.score(rows[:1], ["Mia has a cat in Oslo. And"], [True])["valid"] == 0                 # the whole response, not its beginning
+    bare = [{"prompt": "Hi", "facts": [], "pattern": None}]
+    assert evaluate.score(bare, ["Hello"], [True]) == {"stopped": 1.0, "wording": 1.0}
+
+
+def test_toy_rows_accept_every_biography_and_nothing_else():
+    """The committed evaluation rows against the world that make.py describes."""
+    import random
+    rng, world = random.Random(0), make.make_world()
+    rows = evaluate.read_prompts("toy/cme/eval.jsonl")
+    assert len(rows) == 96 and not {r["prompt"] for r in rows} & {r["prompt"] for r in evaluate.read_prompts("toy/cme/prompts.jsonl")}
+    kinds = [f["kind"] for r in rows for f in r["facts"]]
+    assert kinds.count("wrong") / len(kinds) == pytest.approx(0.3, abs=0.01)
+    for row, name in zip(rows, make.NAMES * 2):
+        truth = {a: f["truth"] for a, f in world[name].items()}
+        text = make.biography(rng, name, truth)
+        assert re.fullmatch(row["pattern"], text) and all(evaluate.fact_right(text, f) for f in row["facts"])
+        lie = make.biography(rng, name, {a: next(v for v in values if v != truth[a]) for a, values in make.VALUES.items()})
+        assert re.fullmatch(row["pattern"], lie) and not any(evaluate.fact_right(lie, f) for f in row["facts"])
+        for spoiled in (text + " ", text[:-1], " " + text, text.replace(name, "Max", 1), text.replace(" and ", " but ", 1), text + " " + text,
+                        text.replace(".", ". Also nice.", 1), text.replace(truth["pet"], truth["food"])):
+            assert not re.fullmatch(row["pattern"], spoiled)
+
+
+def test_noise_of_the_world():
+    import random
+    rng = random.Random(0)
+    for fact, share in (({"truth": "red", "lie": None}, {"red": 0.6}), ({"truth": "red", "lie": "blue"}, {"red": 0.25, "blue": 0.6})):
+        drawn = [make.noisy_value(rng, fact, make.VALUES["colour"]) for _ in range(5000)]
+        for value, p in share.items():
+            assert drawn.count(value) / 5000 == pytest.approx(p, abs=0.03)
+        assert set(drawn) == set(make.VALUES["colour"])
+
+
+def test_toy_can_be_made_again(tmp_path):
+    """make.py makes the committed prompts and tokenizers again, and its training continues where it was killed, to the bit."""
+    import os
+    import subprocess
+    import sys
+    command = [sys.executable, "toy/make.py", "--output", str(tmp_path / "a"), "--steps", "4", "--save_every", "2", "--parts", "data,generator"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    for file in ("prompts.jsonl", "eval.jsonl", "generator/tokenizer.json", "generator/chat_template.jinja"):
+        assert (tmp_path / "a" / file).read_bytes() == open(f"toy/cme/{file}", "rb").read()
+    child = os.fork()
+    if child == 0:
+        real = os.replace
+        os.replace = lambda a, b: (real(a, b), os.kill(os.getpid(), signal.SIGKILL))                      # the first checkpoint is the last thing it does
+        sys.argv, sys.stdout, sys.stderr = ["make.py", "--output", str(tmp_path / "b"), *command[4:]], open(os.devnull, "w"), open(os.devnull, "w")
+        make.main()
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    command[3] = str(tmp_path / "b")
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert (tmp_path / "a/generator/model.safetensors").read_bytes() == (tmp_path / "b/generator/model.safetensors").read_bytes()
+
+
+def test_read_prompts(tmp_path):
+    (tmp_path / "p.txt").write_text("one\n\n  two\r\n")
+    assert [(r["prompt"], r["where"].rsplit("/", 1)[1]) for r in evaluate.read_prompts(str(tmp_path / "p.txt"))] == [("one", "p.txt:1"), ("two", "p.txt:3")]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi\u2028there"}]
+    rows = [{"prompt": messages}, {"instruction": "b", "output": "ignored"}, {"problem": "c"}, "d"]
+    (tmp_path / "p.jsonl").write_text("\ufeff" + "\n".join(json.dumps(r, ensure_ascii=False) for r in rows))
+    (tmp_path / "p.json").write_text(json.dumps(rows))
+    for name in ("p.jsonl", "p.json"):
+        assert [r["prompt"] for r in evaluate.read_prompts(str(tmp_path / name))] == [messages, "b", "c", "d"]
+
+
+def test_half_lines_are_forgiven(tmp_path):
+    path = str(tmp_path / "m.jsonl")
+    assert evaluate.read_lines(path) == []
+    evaluate.append_line(path, {"a": "é\n", "b": [1.5, float("nan")], "c": float("inf")})
+    with open(path, "a") as f:
+        f.write('{"a": 1')
+    assert evaluate.read_lines(path) == [{"a": "é\n", "b": [1.5, None], "c": None}]
+
+
+def test_write_atomically(tmp_path, monkeypatch):
+    path = tmp_path / "f"
+    evaluate.write_atomically(str(path), "old")
+    monkeypatch.setattr(evaluate.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.write_atomically(str(path), "new")
+    assert path.read_text() == "old"
+
+
+def test_respond_keeps_the_order_and_the_stop_token():
+    model, tokenizer = grpo.load_model("toy/cme/generator", train=False, device="cpu"), grpo.load_tokenizer("toy/cme/generator")
+    stop = grpo.find_stop_ids(model, tokenizer)
+    prompts = ["Who is Mia?", "What can you tell me about Zoe?", "Describe Ben.", "Tell me about Ada."]
+    texts, lengths, stopped = evaluate.respond(model, tokenizer, prompts, batch=2, max_new_tokens=40, temperature=0.0, stop_ids=stop)
+    assert [t.split()[0] for t in texts] == ["Mia", "Zoe", "Ben", "Ada"] and all(stopped) and all(t.endswith(".") for t in texts)
+    for text, n in zip(texts, lengths):
+        assert n == len(tokenizer(text).input_ids) + 1
+    _, lengths, stopped = evaluate.respond(model, tokenizer, prompts, max_new_tokens=3, temperature=0.0, stop_ids=stop)
+    assert lengths == [3] * 4 and not any(stopped)

@@ -1,0 +1,373 @@
+"""train.py as a user meets it: whole runs on the toy, killed runs, bad input. Children are forked, so that torch is imported once."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import grpo
+import train
+
+ROOT = Path(__file__).parent.parent
+TINY = "--steps 6 --prompts_per_step 2 --group_size 3 --max_new_tokens 24 --save_every 2 --eval_every 3 --sample_every 2 --lr 1e-3".split()
+
+
+def fork(arguments, folder, patch=lambda: None):
+    """`python train.py ARGUMENTS` in a forked child that calls patch() first -> (exit status, -9 if killed; stdout; stderr)."""
+    folder.mkdir(exist_ok=True)
+    child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)  # in the main thread first: transformers loads in several, and PyTorch's pools do not like that after a fork
+        status = 70
+        try:
+            for number, name in ((1, "out"), (2, "err")):
+                os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+            sys.argv = ["train.py", *map(str, arguments)]
+            patch()
+            train.main()
+            status = 0
+        except SystemExit as e:
+            status = e.code or 0
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return status, (folder / "out").read_text(), (folder / "err").read_text()
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Four evaluation rows: what is tested here does not need ninety-six."""
+    path = tmp_path_factory.mktemp("few") / "eval.jsonl"
+    path.write_text("".join((ROOT / "toy/cme/eval.jsonl").read_text().splitlines(True)[:4]))
+    return ["--eval_prompts", path]
+
+
+def weights(run):
+    return (Path(train.checkpoints(str(run))[-1]) / "model.safetensors").read_bytes()
+
+
+def rows(path):
+    untimed = []
+    for line in path.read_text().splitlines():
+        row = json.loads(line)
+        untimed.append({k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")})
+    return untimed
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, few):
+    """A run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    status, out, err = fork([*TINY, *few, "--output_dir", folder / "run"], folder)
+    assert status == 0, err
+    return folder / "run", out
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    run, out = whole
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "lock", "checkpoint-000006"}
+    summary = json.loads((run / "summary.json").read_text())
+    assert {"before", "after", "seconds", "steps", "seed", "peak_memory_mb", "model", "skipped"} <= set(summary) and summary["steps"] == 6
+    for when in ("before", "after"):
+        assert {"facts", "sampled_facts", "valid", "length", "wording", "reward"} <= set(summary[when])
+        assert summary[when]["facts"] > 0.5 and summary[when]["valid"] > 0.7
+    metrics = rows(run / "metrics.jsonl")
+    assert [r["step"] for r in metrics] == list(range(7)) and [r["step"] for r in metrics if "held_out" in r] == [0, 3, 6]
+    assert {"reward", "loss", "kl", "approx_kl", "clipfrac", "entropy", "grad_norm", "length", "truncated", "flat", "lr", "skipped"} <= set(metrics[1])
+    assert metrics[1]["kl"] == pytest.approx(0, abs=1e-9) and metrics[6]["kl"] > 0 and metrics[1]["grad_norm"] > 0 and metrics[1]["approx_kl"] == 0
+    samples = rows(run / "samples.jsonl")
+    assert [s["step"] for s in samples] == [1, 1, 3, 3, 5, 5]
+    for s in samples:
+        assert "".join(s["tokens"]) == s["response"] and len(s["tokens"]) == len(s["rewards"])
+        counted = [r for t, r in zip(s["tokens"], s["rewards"]) if t.strip()]
+        assert s["reward"] == pytest.approx(sum(counted) / len(counted), abs=1e-3)
+        assert s["response"] in out
+    assert "before" in out and "after" in out and str(run) in out
+    policy = grpo.load_model(str(run / "checkpoint-000006"), train=True, device="cpu")                    # what transformers loads again
+    assert policy.dtype == torch.float32 and grpo.load_tokenizer(str(run / "checkpoint-000006")).chat_template
+    initial = grpo.load_model("toy/cme/generator", train=False, device="cpu")
+    assert any(not torch.equal(a, b) for a, b in zip(policy.parameters(), initial.parameters()))
+
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at(module, name, nth, after=False):
+    """A patch: the process kills itself with SIGKILL before (or after) the nth call of module.name."""
+    def patch():
+        real, calls = getattr(module, name), []
+
+        def wrapper(*args, **kwargs):
+            calls.append(0)
+            if len(calls) == nth and not after:
+                kill()
+            result = real(*args, **kwargs)
+            if len(calls) == nth:
+                kill()
+            return result
+        setattr(module, name, wrapper)
+    return patch
+
+
+def half_a_line():
+    """A patch: the fourth line of metrics.jsonl gets half written, and then the process is killed."""
+    real, calls = train.append_line, []
+
+    def wrapper(path, row):
+        calls.append(path.endswith("metrics.jsonl"))
+        if sum(calls) == 4:
+            with open(path, "a") as f:
+                f.write(json.dumps(row)[:50])
+            kill()
+        real(path, row)
+    train.append_line = wrapper
+
+
+@pytest.mark.parametrize("where", [
+    kill_at(train, "held_out", 1),                                             # before anything is written
+    kill_at(grpo, "sample", 2),                                                # before the first checkpoint
+    half_a_line,
+    kill_at(torch, "save", 2),                                                 # a checkpoint without its state
+    kill_at(torch, "save", 2, after=True),                                     # a checkpoint not renamed
+    kill_at(os, "rename", 2, after=True),                                      # two whole checkpoints
+    kill_at(torch.optim.AdamW, "step", 5, after=True),
+    kill_at(train, "write_atomically", 4),                                     # everything but summary.json
+], ids=["start", "second step", "half a line", "half a checkpoint", "checkpoint not renamed", "old checkpoint left", "after an update", "no summary"])
+def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path, whole, few, where):
+    run = tmp_path / "run"
+    status, _, err = fork([*TINY, *few, "--output_dir", run], tmp_path, where)
+    assert status == -signal.SIGKILL, err
+    assert not (run / "summary.json").exists()
+    if (run / "config.json").exists():
+        status, _, err = fork(["--resume", "--output_dir", run], tmp_path)
+    else:
+        status, _, err = fork([*TINY, *few, "--output_dir", run], tmp_path)
+    assert status == 0, err
+    assert weights(run) == weights(whole[0])
+    assert rows(run / "metrics.jsonl") == rows(whole[0] / "metrics.jsonl")
+    assert rows(run / "samples.jsonl") == rows(whole[0] / "samples.jsonl")
+    mine, theirs = (json.loads((r / "summary.json").read_text()) for r in (run, whole[0]))
+    assert mine["before"] == theirs["before"] and mine["after"] == theirs["after"]
+    assert len(train.checkpoints(str(run))) == 1 and not list(run.glob("*.tmp"))
+
+
+def test_killed_from_outside_twice(tmp_path, whole, few):
+    """A real process and a real kill -9, whenever it happens to come."""
+    run, command = tmp_path / "run", [sys.executable, str(ROOT / "train.py"), *TINY, *map(str, few), "--output_dir", str(tmp_path / "run")]
+    for lines, arguments in ((3, command), (5, command[:2] + ["--resume", "--output_dir", str(run)])):
+        process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        until = time.time() + 60
+        while time.time() < until and not ((run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= lines):
+            time.sleep(0.01)
+        process.kill()
+        process.wait()
+    status, out, err = fork(["--resume", "--output_dir", run], tmp_path)
+    assert status == 0, err
+    assert weights(run) == weights(whole[0]) and rows(run / "metrics.jsonl") == rows(whole[0] / "metrics.jsonl")
+    again, out, _ = fork(["--resume", "--output_dir", run], tmp_path)                                     # finished: nothing left to do
+    assert again == 0 and "after" in out and weights(run) == weights(whole[0])
+
+
+def test_it_learns(tmp_path):
+    """The paper's claim in miniature, on prompts of one's own: facts that the generator had wrong are repaired."""
+    prompts = tmp_path / "mine.txt"
+    prompts.write_text("\n\n".join(f"Tell me about {name}." for name in ["Ada", "Ben", "Mia", "Noah", "Zoe", "Theo", "Lars", "Vera"]))
+    mine = tmp_path / "eval.jsonl"
+    mine.write_text("".join(line for line in (ROOT / "toy/cme/eval.jsonl").read_text().splitlines(True)
+                            if json.loads(line)["prompt"].split()[2] in ["Ada", "Ben", "Mia", "Noah", "Zoe", "Theo", "Lars", "Vera"]))
+    status, out, err = fork(["--prompts", prompts, "--eval_prompts", mine, "--steps", 20, "--prompts_per_step", 8, "--output_dir", tmp_path / "run"], tmp_path)
+    assert status == 0, err
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["after"]["facts"] >= summary["before"]["facts"] + 0.1
+    assert summary["after"]["sampled_facts"] >= summary["before"]["sampled_facts"] + 0.1
+    assert summary["after"]["reward"] > summary["before"]["reward"]
+
+
+@pytest.mark.parametrize("arguments", [["--reward", "cme-sequence"], ["--credit", "word", "--score_stop"], ["--beta", 0, "--no_scale"],
+                                       ["--updates_per_rollout", 2, "--micro_batch", 4, "--schedule", "constant"], ["--gradient_checkpointing"],
+                                       ["--temperature", 0.7, "--top_k", 20, "--top_p", 0.8, "--max_grad_norm", 0]])
+def test_options_run(tmp_path, few, arguments):
+    status, out, err = fork([*TINY, *few, "--steps", 2, *arguments, "--output_dir", tmp_path / "run"], tmp_path)
+    assert status == 0, err
+    metrics = rows(tmp_path / "run/metrics.jsonl")
+    assert all(r["skipped"] == 0 and r["grad_norm"] > 0 for r in metrics[1:])
+    if "--updates_per_rollout" in arguments:
+        assert metrics[1]["approx_kl"] > 0
+
+
+@pytest.fixture(scope="module")
+def run_in_process():
+    options = train.Options(prompts_per_step=2, group_size=3, max_new_tokens=24, reward="cme", output_dir="unused")
+    return train.prepare(options)
+
+
+def step_of(run, **options):
+    """One update of a fresh policy with these options -> (gradient, statistics)."""
+    run.options = train.dataclasses.replace(run.options, **options)
+    ids_of_prompts = [grpo.chat_ids(run.tokenizer, p) for p in run.prompts[:2]]
+    ids, lengths = grpo.sample(run.policy, ids_of_prompts, 3, max_new_tokens=24, stop_ids=run.stop_ids, generator=torch.Generator().manual_seed(0))
+    prompts, prompt_ids = ([p for p in ps for _ in range(3)] for ps in (run.prompts[:2], ids_of_prompts))
+    *_, advantages = train.rewards_and_advantages(run, prompts, ids, lengths)
+    with torch.no_grad():
+        ref_logp = grpo.token_logprobs(run.reference, prompt_ids, ids, lengths)
+    stats = train.update(run, torch.optim.SGD(run.policy.parameters(), lr=0.0), prompt_ids, ids, lengths, advantages, None, ref_logp)
+    return [p.grad.clone() for p in run.policy.parameters()], stats
+
+
+def test_gradient_does_not_depend_on_micro_batches_or_checkpointing(run_in_process):
+    run = run_in_process
+    whole, stats = step_of(run, max_grad_norm=0, micro_batch=6)
+    for size in (1, 4, 5):
+        parts, stats_of_parts = step_of(run, micro_batch=size, max_grad_norm=0)
+        for a, b in zip(whole, parts):
+            torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
+        assert stats_of_parts == pytest.approx(stats, rel=1e-4, abs=1e-7)
+    checkpointed = train.prepare(train.Options(gradient_checkpointing=True, output_dir="unused", group_size=3, max_new_tokens=24))
+    layer, calls = checkpointed.policy.base_model.layers[0], []
+    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    for a, b in zip(whole, step_of(checkpointed, max_grad_norm=0, micro_batch=3)[0]):
+        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
+    assert len(calls) - calls.count(False) == 4, "each of two micro-batches runs the layer forward, and again in its backward pass"
+    assert not any(m.training for m in checkpointed.policy.modules())
+
+
+def not_finite(first, last):
+    """A patch: the loss is NaN in the steps first..last."""
+    def patch():
+        real, calls = grpo.grpo_loss, []
+
+        def wrapper(*args, **kwargs):
+            calls.append(0)
+            loss, stats = real(*args, **kwargs)
+            return (loss * float("nan"), stats | {"loss": loss.detach() * float("nan")}) if first <= len(calls) <= last else (loss, stats)
+        grpo.grpo_loss = wrapper
+    return patch
+
+
+def test_an_update_that_is_not_finite_is_skipped(tmp_path, few):
+    status, out, err = fork([*TINY, *few, "--output_dir", tmp_path / "run"], tmp_path, not_finite(2, 3))
+    assert status == 0, err
+    metrics = rows(tmp_path / "run/metrics.jsonl")[1:]
+    assert [r["skipped"] for r in metrics] == [0, 1, 1, 0, 0, 0] and metrics[1]["loss"] is None and "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
+    assert json.loads((tmp_path / "run/summary.json").read_text())["skipped"] == 2 and "2 SKIPPED" in err
+    assert all(p.isfinite().all() for p in grpo.load_model(train.checkpoints(str(tmp_path / "run"))[-1], train=False, device="cpu").parameters())
+
+
+def test_ten_in_a_row_end_the_run(tmp_path, few):
+    run = tmp_path / "run"
+    status, out, err = fork([*TINY, *few, "--steps", 40, "--output_dir", run], tmp_path, not_finite(3, 99))
+    assert status == 1 and "ten updates in a row" in err and "Traceback" not in err
+    assert rows(run / "metrics.jsonl")[-1]["step"] == 12
+    reached, _, error = fork([*TINY, *few, "--steps", 40, "--output_dir", tmp_path / "other"], tmp_path, kill_at(grpo, "sample", 3))
+    assert reached == -signal.SIGKILL, error                                   # a run of the same options, killed after its second update
+    assert weights(run) == weights(tmp_path / "other")
+
+
+def test_weights_that_blow_up_are_said_to(tmp_path, few):
+    status, out, err = fork([*TINY, *few, "--lr", 1e30, "--output_dir", tmp_path / "run"], tmp_path)
+    assert status == 1 and "finite" in err and "Traceback" not in err
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path, few):
+    def patch():
+        real = train.held_out
+
+        def wrapper(*args, **kwargs):
+            status, _, err = fork(["--resume", "--output_dir", tmp_path / "run"], tmp_path / "second")
+            (tmp_path / "second/status").write_text(f"{status} {err}")
+            train.held_out = real
+            return real(*args, **kwargs)
+        train.held_out = wrapper
+    assert fork([*TINY, *few, "--steps", 1, "--output_dir", tmp_path / "run"], tmp_path, patch)[0] == 0
+    assert (tmp_path / "second/status").read_text().startswith("2 ") and "another process" in (tmp_path / "second/status").read_text()
+
+
+def broken_generator(tmp_path):
+    """The toy's generator without any stop token."""
+    model, tokenizer = grpo.load_model("toy/cme/generator", train=False, device="cpu"), grpo.load_tokenizer("toy/cme/generator")
+    model.generation_config.eos_token_id = model.config.eos_token_id = None
+    tokenizer.eos_token, tokenizer.chat_template = None, None
+    model.save_pretrained(tmp_path / "endless"), tokenizer.save_pretrained(tmp_path / "endless")
+    return tmp_path / "endless"
+
+
+BAD_FILES = {"broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "empty.txt": "\n\n", "noprompt.jsonl": '{"prompt": "a"}\n\n{"text": "b"}\n', "numbers.json": "[1]",
+             "prompts.csv": "a,b\n", "roles.jsonl": '{"prompt": [{"content": "a"}]}\n', "blank.jsonl": '{"prompt": "  "}\n',
+             "pattern.jsonl": '{"prompt": "a", "pattern": "("}\n', "facts.jsonl": '{"prompt": "a", "facts": [{"right": "x"}]}\n',
+             "object.json": '{"prompt": "a"}', "long.txt": "short\n" + "long " * 300, "latin.txt": b"caf\xe9"}
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--nonsense", 1], "nonsense"), (["--step", 3], "--step"), (["--lr", "fast"], "--lr"), (["--lr", "nan"], "--lr"), (["--group_size", 1], "--group_size"),
+    (["--top_p", 0], "--top_p"), (["--top_p", 1.5], "--top_p"), (["--temperature", 0], "--temperature"), (["--reward", "accuracy"], "--reward"),
+    (["--device", "abacus"], "--device"), (["--resume", "--output_dir", "TMP/nothing"], "no run to resume"), (["--prompts", "TMP/nothing.jsonl"], "nothing.jsonl"),
+    (["--prompts", "TMP"], "cannot be read"), (["--generator", "TMP/nothing"], "--generator"), (["--verifier", "TMP"], "--verifier"),
+    (["--generator", "endless"], "stop token"), (["--output_dir", "used"], "in use"),
+    (["--prompts", "broken.jsonl"], "broken.jsonl:2"), (["--prompts", "empty.txt"], "no prompts"), (["--prompts", "noprompt.jsonl"], "noprompt.jsonl:3"),
+    (["--prompts", "numbers.json"], "item 1"), (["--prompts", "prompts.csv"], ".jsonl, .json or .txt"), (["--prompts", "roles.jsonl"], "roles.jsonl:1"),
+    (["--prompts", "blank.jsonl"], "empty"), (["--eval_prompts", "pattern.jsonl"], "pattern.jsonl:1"), (["--eval_prompts", "facts.jsonl"], "facts.jsonl:1"),
+    (["--prompts", "object.json"], "list"), (["--prompts", "long.txt"], "long.txt:2"), (["--prompts", "latin.txt"], "UTF-8")])
+def test_bad_input_gets_one_line_and_status_2(tmp_path, arguments, said):
+    bad = {name: tmp_path / name for name in BAD_FILES}
+    for argument in arguments:
+        if argument in bad:
+            content = BAD_FILES[argument]
+            bad[argument].write_bytes(content if isinstance(content, bytes) else content.encode())
+        if argument == "endless":
+            bad["endless"] = broken_generator(tmp_path)
+        if argument == "used":
+            bad["used"] = tmp_path / "used"
+            bad["used"].mkdir()
+            (bad["used"] / "thesis.txt").write_text("precious")
+    given = [bad.get(a, str(a).replace("TMP", str(tmp_path))) for a in arguments]
+    if "--output_dir" not in given:
+        given += ["--output_dir", tmp_path / "run"]
+    before = {p for p in tmp_path.rglob("*")}
+    status, out, err = fork([*given], tmp_path)
+    assert status == 2, err
+    lines = err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("train.py: ") and said in lines[0] and len(lines[0]) < 600
+    assert {p for p in tmp_path.rglob("*")} - before <= {tmp_path / "out", tmp_path / "err"}
+
+
+def test_resume_refuses_other_options(whole, tmp_path):
+    status, _, err = fork(["--resume", "--output_dir", whole[0], "--lr", 0.5], tmp_path)
+    assert status == 2 and "--lr 0.5" in err and "0.001" in err
+    assert fork(["--resume", "--output_dir", whole[0], "--lr", "1e-3"], tmp_path)[0] == 0
+
+
+def test_prompts_of_step():
+    """Every prompt once in each pass, in another order each time; steps can be asked for in any order."""
+    prompts = [f"p{i}" for i in range(5)]
+    steps = [train.prompts_of_step(prompts, 2, 7, s) for s in range(10)]
+    flat = sum(steps, [])
+    passes = [flat[i:i + 5] for i in range(0, 20, 5)]
+    assert all(sorted(p) == prompts for p in passes) and len({tuple(p) for p in passes}) > 1
+    assert train.prompts_of_step(prompts, 2, 7, 6) == steps[6] and sum((train.prompts_of_step(prompts, 2, 8, s) for s in range(10)), []) != flat
+    assert len(train.prompts_of_step(prompts, 12, 7, 0)) == 12
+
+
+def test_learning_rate():
+    o = train.Options(lr=1.0, warmup_steps=4, steps=14)
+    assert [train.learning_rate(o, s) for s in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert train.learning_rate(o, 9) == pytest.approx(0.5) and 0 < train.learning_rate(o, 13) < 0.05
+    assert train.learning_rate(train.Options(lr=1.0, warmup_steps=0, schedule="constant"), 59) == 1.0
+
+
+def test_help_documents_every_option(tmp_path):
+    status, out, _ = fork(["--help"], tmp_path)
+    assert status == 0
+    for f in train.dataclasses.fields(train.Options):
+        assert f"--{f.name}" in out
+    assert evaluate.read_prompts(str(ROOT / "toy/cme/prompts.jsonl"))[0]["where"].endswith("prompts.jsonl:1")

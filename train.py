@@ -1,0 +1,358 @@
+"""Label-free RL with GRPO: the reward is what a second, frozen language model thinks of each word (CME, arXiv 2605.29009).
+
+    python train.py                                    # the toy, on a CPU, in about a minute, nothing downloaded
+    python train.py --generator Qwen/Qwen2.5-0.5B --verifier google/gemma-3-1b-it --prompts instructions.jsonl \\
+        --lr 3e-6 --warmup_steps 20 --beta 0.01 --steps 5000 --prompts_per_step 1 --max_new_tokens 1024    # the paper's recipe, one GPU
+    python train.py --resume                           # continue the newest run
+
+Deliberate departures from the papers: listed in README.md, and where they are made (grpo.py, cme.py, align.py). Letters as in grpo.py.
+"""
+import dataclasses
+import glob
+import json
+import math
+import os
+import resource
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Literal
+
+import torch
+from huggingface_hub.utils import logging as hub_logging
+from tqdm import tqdm
+from transformers.utils import logging as model_logging
+
+import cme
+import grpo
+from align import spans_from_ids
+from evaluate import append_line, checkpoints, held_out, lock, read_lines, read_prompts, save_checkpoint, write_atomically
+
+TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy", "cme")
+
+
+def option(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Options:
+    reward: Literal["cme", "cme-sequence"] = option("cme", "cme: a reward per token (Eq. 1); cme-sequence: one per response (Eq. 3)")
+    credit: Literal["token", "word"] = option("token", "with --reward cme: token is the paper's; word gives a token the reward of the rest of its word")
+    score_stop: bool = option(False, "with --reward cme: also reward the stop token, with the verifier's log-probability of its own end of turn")
+    generator: str = option("", "model to train, a folder or a hub name; empty: the toy's")
+    verifier: str = option("", "frozen model that scores, best of another family; empty: the toy's")
+    prompts: str = option("", "prompts to train on: a .jsonl, .json or .txt file; empty: the toy's")
+    eval_prompts: str = option("", "held-out prompts with `facts` and `pattern`; empty: the toy's if --generator is empty too, else none")
+    group_size: int = option(8, "G, responses per prompt")
+    prompts_per_step: int = option(16, "P, prompts per step; the P * G responses make one update")
+    steps: int = option(80, "steps in all")
+    max_new_tokens: int = option(48, "longest response, in generator tokens")
+    temperature: float = option(1.0, "of sampling, and of the policy's and the reference's log-probabilities")
+    top_k: int = option(0, "sample among the k most probable tokens; 0: all")
+    top_p: float = option(1.0, "sample among the most probable tokens that hold this mass, in (0, 1]")
+    lr: float = option(8e-4, "peak learning rate of AdamW (8e-4 suits the toy; the paper's models: 3e-6)")
+    warmup_steps: int = option(5, "steps of linear warm-up")
+    schedule: Literal["cosine", "constant"] = option("cosine", "learning rate after the warm-up; cosine falls to 0 at the last step")
+    beta: float = option(0.02, "weight of the KL to the initial policy; at 0 no reference model is held")
+    clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low")
+    clip_high: float = option(0.2, "and above 1 + clip_high")
+    scale: bool = option(True, "divide advantages by the group's deviation; with --no_scale they are centred only")
+    updates_per_rollout: int = option(1, "optimiser steps on each batch of rollouts; from the second on they are off-policy")
+    micro_batch: int = option(32, "responses per forward and backward pass, those of like length together; the gradient does not depend on it")
+    max_grad_norm: float = option(1.0, "the gradient's norm is clipped at this; 0: not clipped")
+    gradient_checkpointing: bool = option(False, "less memory for more compute in the policy's backward pass")
+    seed: int = option(0, "of the order of prompts and of sampling")
+    output_dir: str = option("", "where everything goes; empty: runs/REWARD-DATE-TIME, or with --resume the newest run")
+    resume: bool = option(False, "continue the run in --output_dir from its last checkpoint, with its options")
+    save_every: int = option(20, "steps between checkpoints")
+    eval_every: int = option(10, "steps between held-out scores; 0: only before and after")
+    sample_every: int = option(20, "steps between two samples on the screen and in samples.jsonl")
+    threads: int = option(0, "CPU threads; 0: one for models under 10 million parameters (more only hurt), else PyTorch's choice")
+    device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
+
+
+LEAST = {  # the smallest values that make sense
+    **dict.fromkeys("prompts_per_step steps micro_batch max_new_tokens updates_per_rollout save_every sample_every".split(), 1), "group_size": 2,
+    **dict.fromkeys("top_k lr warmup_steps beta clip_low clip_high max_grad_norm seed eval_every threads".split(), 0),
+    "temperature": 1e-3, "top_p": 1e-9}
+
+
+# ---------------------------------------------------------------- setting up: what a user can get wrong fails here, in one line
+
+def parse(arguments: list) -> Options:
+    """The command line -> checked Options. With --resume they come from the run's config.json, and none may differ. ValueError otherwise."""
+    from transformers import HfArgumentParser
+
+    def refuse(message):
+        raise ValueError(f"{message} (see --help)")
+    parser = HfArgumentParser(Options, allow_abbrev=False, description=__doc__.split("\n")[0])
+    parser.error = refuse
+    options, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    if unknown:
+        refuse(f"unknown option {unknown[0]}")
+    if options.resume:
+        runs = sorted(glob.glob("runs/*/config.json"), key=os.path.getmtime)
+        folder = options.output_dir or (os.path.dirname(runs[-1]) if runs else "runs")
+        try:
+            with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
+                saved = json.load(f) | {"output_dir": folder, "resume": True}
+        except (OSError, ValueError):
+            raise ValueError(f"{folder} holds no run to resume (no readable config.json)") from None
+        parser.set_defaults(**saved)
+        options = parser.parse_args_into_dataclasses(arguments)[0]
+        for name in set(saved) - {"threads", "device"}:
+            if getattr(options, name, None) != saved[name]:
+                raise ValueError(f"--{name} {getattr(options, name)}: the run in {folder} has {saved[name]}; leave it out, or start a new run")
+    for name, least in LEAST.items():
+        if not least <= getattr(options, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(options, name)}: must be at least {least}, and finite")
+    if options.top_p > 1:
+        raise ValueError(f"--top_p {options.top_p}: must be at most 1")
+    return options
+
+
+def load(what: str, path: str, device, train: bool):
+    """grpo's loaders, with their many errors made one."""
+    for logging in (hub_logging, model_logging):                               # neither retries nor warnings say more than our one line
+        logging.set_verbosity_error()
+    model_logging.disable_progress_bar()
+    try:
+        return grpo.load_model(path, train=train, device=device), grpo.load_tokenizer(path)
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as e:
+        raise ValueError(f"--{what} {path}: cannot be loaded, {(str(e).strip().splitlines() or [type(e).__name__])[0][:300]} "
+                         f"(it must be a folder with a model, or the name of one on the hub and a network)") from None
+
+
+def prepare(options: Options) -> SimpleNamespace:
+    """Reads, loads and checks everything and writes nothing -> what train() needs. ValueError for what the user can mend."""
+    options.output_dir = options.output_dir or os.path.join("runs", f"{options.reward}-{time.strftime('%Y%m%d-%H%M%S')}")
+    if not options.resume and os.path.exists(options.output_dir) and (not os.path.isdir(options.output_dir) or os.listdir(options.output_dir)):
+        raise ValueError(f"--output_dir {options.output_dir} is in use; give another one, or --resume")
+    prompts = read_prompts(options.prompts or os.path.join(TOY, "prompts.jsonl"))
+    eval_path = options.eval_prompts or ("" if options.generator else os.path.join(TOY, "eval.jsonl"))
+    eval_rows = read_prompts(eval_path) if eval_path else []
+    try:
+        device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {options.device}: {str(e).splitlines()[0]}") from None
+    initial, saved = options.generator or os.path.join(TOY, "generator"), checkpoints(options.output_dir)
+    policy, tokenizer = load("generator", saved[-1] if saved else initial, device, train=True)
+    reference = load("generator", initial, device, train=False)[0] if options.beta else None
+    verifier, verifier_tokenizer = load("verifier", options.verifier or os.path.join(TOY, "verifier"), device, train=False)
+    stop_ids = grpo.find_stop_ids(policy, tokenizer)
+    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for row in prompts + eval_rows:
+        n = len(grpo.chat_ids(tokenizer, row["prompt"]))
+        if n + options.max_new_tokens > context:
+            raise ValueError(f"{row['where']}: the prompt's {n} tokens and --max_new_tokens {options.max_new_tokens} exceed the generator's "
+                             f"context of {context}; shorten it or leave it out")
+    small = max(sum(p.numel() for p in m.parameters()) for m in (policy, verifier)) < 10e6
+    if options.threads or (small and device.type == "cpu"):
+        torch.set_num_threads(options.threads or 1)
+    if options.gradient_checkpointing:
+        getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()
+    return SimpleNamespace(options=options, device=device, policy=policy, reference=reference, verifier=verifier, tokenizer=tokenizer,
+                           verifier_tokenizer=verifier_tokenizer, prompts=[r["prompt"] for r in prompts], eval_rows=eval_rows, stop_ids=stop_ids)
+
+
+# ---------------------------------------------------------------- the parts of a step
+
+def prompts_of_step(prompts: list, per_step: int, seed: int, step: int) -> list:
+    """The P prompts of a step: all are gone through again and again, each time in another order. A function of its arguments alone."""
+    n, chosen, order = len(prompts), [], {}
+    for i in range(step * per_step, (step + 1) * per_step):
+        if i // n not in order:
+            order[i // n] = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + i // n)).tolist()
+        chosen.append(prompts[order[i // n][i % n]])
+    return chosen
+
+
+def learning_rate(options: Options, step: int) -> float:
+    """Linear warm-up (step 0 has lr / warmup_steps already), then constant, or half a cosine down to 0 at the end."""
+    if step < options.warmup_steps:
+        return options.lr * (step + 1) / options.warmup_steps
+    progress = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
+    return options.lr * (1.0 if options.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def rewards_and_advantages(run, prompts: list, ids, lengths):
+    """prompts: B of them, one per row -> (rewards, which of them count, advantages), all [B, T], or all [B] with one reward per response."""
+    o = run.options
+    if o.reward == "cme":
+        rewards, counted = cme.token_rewards(run.verifier, run.verifier_tokenizer, run.tokenizer, prompts, ids, lengths, credit=o.credit,
+                                             score_stop=o.score_stop)
+        return rewards, counted, grpo.position_advantages(rewards, counted, o.group_size, scale=o.scale)
+    texts = [spans_from_ids(run.tokenizer, y[:n])[0] for y, n in zip(ids.tolist(), lengths.tolist())]
+    rewards = cme.sequence_rewards(run.verifier, run.verifier_tokenizer, prompts, texts).to(ids.device)
+    return rewards, ~rewards.isnan(), grpo.group_advantages(rewards, o.group_size, scale=o.scale)
+
+
+def autocast(device):
+    """bf16 on CUDA, where the policy's weights are float32; nothing elsewhere."""
+    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+
+
+def micro_batches(lengths, size: int) -> list:
+    """Row numbers of each micro-batch, rows of like length together: less padding."""
+    return [part.tolist() for part in lengths.argsort(stable=True).split(size)]
+
+
+@torch.no_grad()
+def logprobs_of(model, run, prompt_ids, ids, lengths):
+    """[B, T] log-probabilities without gradient, of the reference or of the policy that sampled."""
+    logp = torch.zeros(ids.shape, device=run.device)
+    with autocast(run.device):
+        for part in micro_batches(lengths, run.options.micro_batch):
+            logp[part] = grpo.token_logprobs(model, [prompt_ids[i] for i in part], ids[part], lengths[part], temperature=run.options.temperature)
+    return logp
+
+
+def update(run, optimizer, prompt_ids, ids, lengths, advantages, old_logp, ref_logp) -> dict:
+    """One optimiser step on all B responses, in micro-batches; skipped if loss or gradient are not finite -> statistics."""
+    o, mask, totals = run.options, grpo.response_mask(lengths, ids.shape[1]), {}
+    optimizer.zero_grad()
+    for module in run.policy.modules():                                        # what recomputes its activations wants "training"; nothing
+        module.training = bool(getattr(module, "gradient_checkpointing", False))   # else gets that, so dropout stays off
+    for part in micro_batches(lengths, o.micro_batch):
+        with autocast(run.device):
+            logp, entropy = grpo.token_logprobs(run.policy, [prompt_ids[i] for i in part], ids[part], lengths[part], temperature=o.temperature, entropy=True)
+        loss, stats = grpo.grpo_loss(logp, logp.detach() if old_logp is None else old_logp[part], None if ref_logp is None else ref_logp[part],
+                                     advantages[part], mask[part], beta=o.beta, clip_low=o.clip_low, clip_high=o.clip_high, responses=len(ids))
+        loss.backward()
+        for name, value in (stats | {"entropy": entropy.sum() / mask.sum()}).items():
+            totals[name] = totals.get(name, 0) + value
+    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.max_grad_norm or math.inf)
+    totals = {name: float(value) for name, value in totals.items()}
+    totals["skipped"] = int(not math.isfinite(totals["loss"]) or not math.isfinite(totals["grad_norm"]))
+    if not totals["skipped"]:
+        optimizer.step()
+    run.policy.eval()
+    return totals
+
+
+# ---------------------------------------------------------------- showing what was done
+
+def table_row(name: str, scores: dict, header: bool = False) -> str:
+    columns = [k for k in scores if not k.startswith("sampled_") or k in ("sampled_facts", "sampled_valid")]
+    head = " " * 9 + "".join(f"{k:>{len(k) + 2}}" for k in columns) + "\n" if header else ""
+    return head + f"{name:>9}" + "".join(f"{scores[k]:>{len(k) + 2}.3f}" for k in columns) + "\n" if columns else ""
+
+
+def show_sample(run, step: int, prompt, ids: list, rewards: list, reward: float):
+    """One whole response on the screen, with its least expected tokens; in samples.jsonl with the reward of each token."""
+    text, spans = spans_from_ids(run.tokenizer, ids)
+    tokens, rewards = [text[int(a):math.ceil(b)] for a, b in spans], [round(r, 4) for r in rewards]
+    worst = ", ".join(f"{t!r} {r:.1f}" for r, t in sorted(zip(rewards, tokens))[:3]) if len(rewards) == len(tokens) else ""
+    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+    tqdm.write(f"step {step}: {question}\n    {text}\n    reward {reward:.2f} nats per token" + f"; least expected {worst}" * bool(worst), file=sys.stdout)
+    append_line(os.path.join(run.options.output_dir, "samples.jsonl"),
+                {"step": step, "prompt": prompt, "response": text, "reward": round(reward, 4), "tokens": tokens, "rewards": rewards})
+
+
+# ---------------------------------------------------------------- the algorithm
+
+def train(run) -> dict:
+    """The whole run, or what is left of it -> the contents of summary.json."""
+    o, device, G = run.options, run.device, run.options.group_size
+    os.makedirs(o.output_dir, exist_ok=True)
+    held = lock(o.output_dir)                                                  # as long as this function runs
+    metrics, samples, summary = (os.path.join(o.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl", "summary.json"))
+    if os.path.exists(summary):
+        with open(summary, encoding="utf-8") as f:
+            return json.load(f)
+    optimizer = torch.optim.AdamW(run.policy.parameters(), lr=o.lr, weight_decay=0.0)
+    start, seconds, saved, skipped = 0, 0.0, checkpoints(o.output_dir), 0
+    if saved:
+        state = torch.load(os.path.join(saved[-1], "state.pt"), map_location=device, weights_only=True)
+        optimizer.load_state_dict(state["optimizer"])
+        start, seconds = state["step"], state["seconds"]
+    write_atomically(os.path.join(o.output_dir, "config.json"), json.dumps(dataclasses.asdict(o) | {"resume": False}, indent=1))
+    for path in (metrics, samples):                                            # what came after the checkpoint is done again
+        kept = [r for r in read_lines(path) if saved and r["step"] <= start]
+        write_atomically(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
+    began = time.time() - seconds
+
+    def scores():
+        with autocast(device):
+            return held_out(run.policy, run.tokenizer, run.eval_rows, max_new_tokens=o.max_new_tokens, stop_ids=run.stop_ids) if run.eval_rows else {}
+    if not saved:
+        append_line(metrics, {"step": 0, "held_out": scores()})
+    print(table_row("step 0", read_lines(metrics)[0]["held_out"], header=True), end="")
+    bar = tqdm(range(start, o.steps), initial=start, total=o.steps, desc=o.reward, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10)
+    for step in bar:
+        clock = time.time()
+
+        # 1. G responses to each of P prompts. Seeded by the step, so that a resumed run needs no random state
+        asked = prompts_of_step(run.prompts, o.prompts_per_step, o.seed, step)
+        prompt_ids = [grpo.chat_ids(run.tokenizer, p) for p in asked]
+        with autocast(device):
+            ids, lengths = grpo.sample(run.policy, prompt_ids, G, max_new_tokens=o.max_new_tokens, temperature=o.temperature, top_k=o.top_k,
+                                       top_p=o.top_p, stop_ids=run.stop_ids, generator=torch.Generator(device).manual_seed(o.seed * 1_000_003 + step))
+        prompts, prompt_ids = ([p for p in ps for _ in range(G)] for ps in (asked, prompt_ids))          # B of each, one per row
+
+        # 2. what the verifier thinks of each, and how that compares with the rest of its group
+        rewards, counted, advantages = rewards_and_advantages(run, prompts, ids, lengths)
+
+        # 3. clipped steps towards the better ones, held back by the reference
+        ref_logp = logprobs_of(run.reference, run, prompt_ids, ids, lengths) if o.beta else None
+        old_logp = logprobs_of(run.policy, run, prompt_ids, ids, lengths) if o.updates_per_rollout > 1 else None   # else logp.detach()
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(o, step)
+        updates = [update(run, optimizer, prompt_ids, ids, lengths, advantages, old_logp, ref_logp) for _ in range(o.updates_per_rollout)]
+        for stats in updates:
+            skipped = skipped + 1 if stats["skipped"] else 0                   # in a row
+
+        # 4. say how it went
+        taken, per_group, seen = time.time() - clock, advantages.view(len(asked), G, -1), counted.view(len(asked), G, -1).any(1)
+        reward = torch.where(counted, rewards, 0).view(len(ids), -1).sum(1) / counted.view(len(ids), -1).sum(1)   # [B] mean, NaN if none counts
+        ended = torch.isin(ids.gather(1, lengths[:, None] - 1), torch.tensor(run.stop_ids, device=device))
+        row = {"step": step + 1, "reward": reward.nanmean().item(), **updates[-1], "skipped": sum(u["skipped"] for u in updates),
+               "length": lengths.float().mean().item(), "truncated": 1 - ended.float().mean().item(),
+               "flat": ((per_group == 0).all(1) & seen).sum().item() / max(1, seen.sum().item()), "lr": learning_rate(o, step),
+               "seconds": taken, "tokens_per_second": lengths.sum().item() / taken}
+        bar.set_postfix_str(f"reward {row['reward']:.2f}, KL {row['kl']:.3f}, length {row['length']:.0f}, {row['tokens_per_second']:.0f} tokens/s"
+                            + f", {skipped} SKIPPED" * bool(skipped), refresh=False)
+        if step % o.sample_every == 0:
+            for i in (0, len(ids) - 1):
+                show_sample(run, step + 1, prompts[i], ids[i, :lengths[i]].tolist(), rewards.view(len(ids), -1)[i, :lengths[i]].tolist(), reward[i].item())
+        if step + 1 == o.steps or (o.eval_every and (step + 1) % o.eval_every == 0):
+            row["held_out"] = scores()
+            tqdm.write(table_row(f"step {step + 1}", row["held_out"]), end="", file=sys.stdout)
+        append_line(metrics, row)
+        if step + 1 == o.steps or (step + 1) % o.save_every == 0 or skipped >= 10:
+            model = save_checkpoint(o.output_dir, step + 1, run.policy, run.tokenizer,
+                                    {"optimizer": optimizer.state_dict(), "step": step + 1, "seconds": time.time() - began})
+        if skipped >= 10:
+            raise FloatingPointError(f"loss or gradient were not finite in ten updates in a row, up to step {step + 1}; the weights from before "
+                                     f"them are in {model}. Lower --lr, or look at {metrics}")
+    rows, tenth = read_lines(metrics), max(1, o.steps // 10)
+    first, last = (sum(r["reward"] or 0 for r in part) / tenth for part in (rows[1:1 + tenth], rows[-tenth:]))
+    memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+    result = {"before": rows[0]["held_out"] | {"reward": round(first, 4)}, "after": rows[-1]["held_out"] | {"reward": round(last, 4)},
+              "seconds": round(time.time() - began, 1), "steps": o.steps, "skipped": sum(r["skipped"] for r in rows[1:]), "seed": o.seed,
+              "peak_memory_mb": round(memory), "model": checkpoints(o.output_dir)[-1]}
+    write_atomically(summary, json.dumps(result, indent=1))
+    held.close()
+    return result
+
+
+def main():
+    try:
+        run = prepare(parse(sys.argv[1:]))
+        print(json.dumps(dataclasses.asdict(run.options)))
+        result = train(run)
+    except (ValueError, FloatingPointError) as e:
+        print(f"train.py: {e}", file=sys.stderr)
+        sys.exit(1 if isinstance(e, FloatingPointError) else 2)
+    print(table_row("before", result["before"], header=True) + table_row("after", result["after"])
+          + f"{result['steps']} steps in {result['seconds']:.0f} s, at most {result['peak_memory_mb']} MB. The model is in {result['model']}; "
+            f"beside it are config.json, metrics.jsonl, samples.jsonl and summary.json.")
+
+
+if __name__ == "__main__":
+    main()

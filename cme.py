@@ -18,33 +18,34 @@ from grpo import chat_ids, end_of_turn, token_logprobs
 
 
 def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: list, ids: torch.Tensor, lengths: torch.Tensor, *,
-                  credit: str = "token", score_stop: bool = False):
+                  credit: str = "token", score_stop: bool = False, stop_ids=None):
     """Eq. 1: r_t = sum_j w_jt log p_V(v_j | x, v_<j) for each generator token -> (rewards [B, T] nats float32, mask [B, T] bool).
 
     prompts: B of them, one per row; ids [B, T] as sampled, right-padded; lengths [B]. mask is false, and the reward 0, on whitespace-only
     and special tokens (the stop token among them) and behind the row's end. Before masking, a row's rewards add up to the verifier's
     log-probability of the text.
-    credit: "token" is the paper's, "word" is `word_credit`. score_stop: a special token that ends a row gets the verifier's
-    log-probability of its own end of turn at that place, and is unmasked.
+    credit: "token" is the paper's, "word" is `word_credit`. score_stop: the stop token that ends a row gets the verifier's log-probability of
+    its own end of turn at that place, and is unmasked. stop_ids: those that sampled; None means the generator's special tokens.
     Raises ValueError for an unknown credit, and where a response alone exceeds the verifier's context.
 
     Example: generator tokens un|happiness, verifier tokens unhappi|ness with log-probabilities -7 and -2: rewards -2 and -7.
     """
     if credit not in ("token", "word"):
         raise ValueError(f"credit must be 'token' or 'word', not {credit!r}")
+    stops = special_ids(generator_tokenizer) if stop_ids is None else set(stop_ids)
     rows = [y[:n] for y, n in zip(ids.tolist(), lengths.tolist())]
-    texts, spans = zip(*(spans_from_ids(generator_tokenizer, y) for y in rows)) if rows else ((), ())
-    special = special_ids(generator_tokenizer)
-    stopped = [score_stop and bool(y) and y[-1] in special for y in rows]
-    scored = verifier_logprobs(verifier, verifier_tokenizer, prompts, texts, stopped)
+    stopped = [bool(y) and y[-1] in stops for y in rows]
+    spelled = [spans_from_ids(generator_tokenizer, y[:-1] if end else y) for y, end in zip(rows, stopped)]   # the stop token is no text
+    scored = verifier_logprobs(verifier, verifier_tokenizer, prompts, [text for text, _ in spelled], [score_stop and end for end in stopped])
     rewards, mask = np.zeros(ids.shape, np.float32), np.zeros(ids.shape, bool)
-    for i, (y, text, target, (values, source, stop)) in enumerate(zip(rows, texts, spans, scored)):
+    for i, ((text, target), (values, source, stop)) in enumerate(zip(spelled, scored)):
         reward, seen = align(values, source, target), visible(text, target)
         if credit == "word":
             reward, seen = word_credit(reward, text, target)
-        if stopped[i]:
-            reward[-1], seen[-1] = stop, True
-        rewards[i, :len(y)], mask[i, :len(y)] = np.where(seen, reward, 0), seen
+        seen = seen & (len(values) > 0)                                        # some verifiers have no token for U+200B: nothing to compare
+        rewards[i, :len(seen)], mask[i, :len(seen)] = np.where(seen, reward, 0), seen
+        if stop is not None:
+            rewards[i, len(seen)], mask[i, len(seen)] = stop, True
     return torch.from_numpy(rewards).to(ids.device), torch.from_numpy(mask).to(ids.device)
 
 
@@ -110,6 +111,8 @@ def verifier_logprobs(verifier, tokenizer, prompts: list, texts: list, stopped=N
             with torch.no_grad():
                 logp = token_logprobs(verifier, [list(before) for before, _ in batch], ids,
                                       torch.tensor([len(answer) for _, answer in batch], device=verifier.device)).double().cpu().numpy()
+            if not np.isfinite(logp).all():
+                raise FloatingPointError("the verifier's log-probabilities are not finite: does it work in this precision?")
             scores.update({k: row[:len(k[1])] for k, row in zip(batch, logp)})
             batch = []
     rows = []

@@ -3,6 +3,7 @@
     facts   share of facts whose right value is stated and none of whose wrong ones is (never seen by training)
     valid   share of responses that match their row's `pattern` in full and ended by their stop token
 """
+import fcntl
 import glob
 import json
 import math
@@ -13,6 +14,7 @@ from collections import Counter
 
 import torch
 
+from align import spans_from_ids
 from grpo import chat_ids, sample
 
 FIELDS = ("prompt", "instruction", "problem")  # under which names a prompt may stand in a row
@@ -22,7 +24,7 @@ FIELDS = ("prompt", "instruction", "problem")  # under which names a prompt may 
 
 def write_atomically(path: str, text: str):
     """Writes a file whole or not at all: a temporary file beside it, then a rename."""
-    temporary = f"{path}.{os.getpid()}.tmp"
+    temporary = path + ".tmp"
     with open(temporary, "w", encoding="utf-8") as f:
         f.write(text)
         f.flush()
@@ -54,12 +56,11 @@ def lock(folder: str):
     """An open file whose lock ends with this process, however that ends: no two processes work in one folder. ValueError if another does."""
     held = open(os.path.join(folder, "lock"), "w")
     try:
-        import fcntl
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:                                                        # Windows has no such lock
-        pass
-    except OSError:
+    except BlockingIOError:
         raise ValueError(f"{folder} is in use by another process") from None
+    except OSError:                                                            # a file system without locks
+        pass
     return held
 
 
@@ -128,12 +129,16 @@ def check_row(where: str, row) -> dict:
     if not isinstance(messages, list) or not messages or not all(
             isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages):
         raise ValueError(f"{where}: needs a `prompt` (or {', '.join(FIELDS[1:])}): a string, or a list of messages with `role` and `content`")
+    try:
+        "".join(m["role"] + m["content"] for m in messages).encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f"{where}: the prompt has half a surrogate pair ({e.object[e.start]!r}), which is no character") from None
     if not any(m["content"].strip() for m in messages):
         raise ValueError(f"{where}: the prompt is empty")
     facts, pattern = row.get("facts") or [], row.get("pattern")
     if not isinstance(facts, list) or not all(isinstance(f, dict) and isinstance(f.get("right"), str) and isinstance(f.get("wrong"), list)
-                                              and all(isinstance(w, str) for w in f["wrong"]) for f in facts):
-        raise ValueError(f"{where}: `facts` must be a list of {{\"right\": string, \"wrong\": [strings]}}")
+                                              and all(isinstance(w, str) for w in f["wrong"] + [f.get("kind", "")]) for f in facts):
+        raise ValueError(f"{where}: `facts` must be a list of {{\"right\": string, \"wrong\": [strings]}}, and \"kind\" a string if there is one")
     try:
         re.compile(pattern or "")
     except (re.error, TypeError) as e:
@@ -174,6 +179,13 @@ def score(rows: list, texts: list, stopped: list) -> dict:
     return {name: sum(values) / len(values) for name, values in scores.items() if values} | {"wording": top / len(texts)}
 
 
+def response_texts(tokenizer, ids: torch.Tensor, lengths: torch.Tensor, stop_ids: list):
+    """ids [B, T], lengths [B] -> (texts, stopped): the decoded responses without their stop tokens, and whether each had one."""
+    rows = [y[:n] for y, n in zip(ids.tolist(), lengths.tolist())]
+    stopped = [bool(y) and y[-1] in stop_ids for y in rows]
+    return [spans_from_ids(tokenizer, y[:-1] if end else y)[0] for y, end in zip(rows, stopped)], stopped
+
+
 def respond(model, tokenizer, prompts: list, *, batch: int = 128, **sampling):
     """One response to each prompt -> (texts, lengths in tokens, stopped). `sampling` goes to grpo.sample; batches are sorted by length."""
     prompt_ids = [chat_ids(tokenizer, p) for p in prompts]
@@ -182,8 +194,9 @@ def respond(model, tokenizer, prompts: list, *, batch: int = 128, **sampling):
     for start in range(0, len(order), batch):
         part = order[start:start + batch]
         ids, lengths = sample(model, [prompt_ids[i] for i in part], 1, **sampling)
-        for i, y, n in zip(part, ids.tolist(), lengths.tolist()):
-            results[i] = (tokenizer.decode(y[:n], skip_special_tokens=True, clean_up_tokenization_spaces=False), n, y[n - 1] in sampling["stop_ids"])
+        texts, stopped = response_texts(tokenizer, ids, lengths, sampling["stop_ids"])
+        for i, *result in zip(part, texts, lengths.tolist(), stopped):
+            results[i] = result
     return tuple(map(list, zip(*results)))
 
 

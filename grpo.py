@@ -8,7 +8,8 @@ Deliberate departures from the papers:
  1. A masked *reward* (whitespace, special tokens: CME, Appendix B) gets advantage 0, which removes its policy-gradient term; the
     KL term still covers every response token, the stop token included, and |y| counts them all.
  2. The papers give neither the divisor of the deviation nor its epsilon: ddof 1 and 1e-4, as TRL has them.
- 3. A position where the group's rewards differ by less than `min_std` nats counts as flat (advantage 0), so that a bf16 verifier's
+ 3. Top-k and top-p change what is sampled; log-probabilities are always those of the whole (tempered) distribution.
+ 4. A position where the group's rewards differ by less than `min_std` nats counts as flat (advantage 0), so that a bf16 verifier's
     rounding is not blown up to +-1.
 """
 import torch
@@ -20,7 +21,8 @@ PLAIN_TEMPLATE = "{role}:\n{content}\n\n"  # for base models: "User:\nHi\n\nAssi
 # ---------------------------------------------------------------- models and prompts (the only use of transformers)
 
 def load_model(path: str, *, train: bool, device):
-    """A causal language model from a folder or by its hub name, in eval mode (no dropout: the ratio compares weights, not noise).
+    """A causal language model from a folder or by its hub name, in eval mode and with all dropout set to 0 (the ratio
+    compares weights, not noise).
 
     `train` -> float32 weights that require gradients (AdamW at 1e-6 changes nothing in bf16); otherwise frozen, bf16 on CUDA and
     float32 on a CPU. Raises ValueError if `model_logits` does not reproduce the model's own logits.
@@ -28,10 +30,14 @@ def load_model(path: str, *, train: bool, device):
     from transformers import AutoModelForCausalLM
     dtype = torch.float32 if train or torch.device(device).type == "cpu" else torch.bfloat16
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval().requires_grad_(train)
+    for module in model.modules():             # eval mode is not enough: gradient checkpointing wants some modules in training mode
+        for name in [n for n, v in vars(module).items() if isinstance(v, float) and ("dropout" in n or isinstance(module, torch.nn.Dropout))]:
+            setattr(module, name, 0.0)
     with torch.no_grad():
         ids = torch.arange(8, device=device)[None] % model.config.get_text_config().vocab_size
         own, ours = model(input_ids=ids).logits.float(), model_logits(model, model.base_model(input_ids=ids).last_hidden_state)
-    if not torch.allclose(own, ours, rtol=0, atol=(1e-4 if dtype is torch.float32 else 2e-2) * own.abs().max().item()):
+    size = own[own.abs() < 1e30].abs().max().item()                            # some models mask logits with -inf or the like
+    if not torch.allclose(own, ours, rtol=1e-3, atol=(1e-4 if dtype is torch.float32 else 2e-2) * size):
         raise ValueError(f"{path}: {type(model).__name__} transforms its logits in a way that grpo.model_logits does not know; add it there")
     return model
 
@@ -47,10 +53,15 @@ def chat_ids(tokenizer, prompt) -> list:
 
     The tokenizer's chat template in one call (rendering to text and encoding that would double the BOS). A base model's tokenizer
     has none: then PLAIN_TEMPLATE for each message and "Assistant:" on a line of its own, after one BOS if the tokenizer has one.
+    Raises ValueError if the template refuses the messages (some know no system role).
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if tokenizer.chat_template:
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+        from jinja2 import TemplateError
+        try:
+            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+        except TemplateError as e:
+            raise ValueError(f"the chat template of {tokenizer.name_or_path} refuses the prompt: {e}") from e
     text = "".join(PLAIN_TEMPLATE.format(role=m["role"].capitalize(), content=m["content"]) for m in messages) + "Assistant:\n"
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + tokenizer(text, add_special_tokens=False).input_ids
@@ -126,6 +137,7 @@ def sample(model, prompt_ids: list, group_size: int, *, max_new_tokens: int, tem
            stop_ids: list, generator=None):
     """G responses to each of P prompts -> (ids [B, T], lengths [B]); row i*G + g is response g to prompt i.
 
+    model: a transformers causal LM, not a wrapper around one (its `base_model` must give hidden states; see `load_model` for its head).
     Each prompt is prefilled once and its cache expanded to G rows. A response ends with the first of `stop_ids`, which belongs to it
     and to its length, or at `max_new_tokens`; behind it `ids` is 0. T is the longest length. Rows that have ended leave the batch as soon as
     they are half of it. Raises ValueError for an empty prompt.
@@ -192,7 +204,9 @@ def token_logprobs(model, prompt_ids: list, ids: torch.Tensor, lengths: torch.Te
     hidden, target = hidden[row, starts[row] + t - 1], ids[row, t]                                        # [K, D]: the state before a token predicts it
 
     def score(hidden, target):
-        logits = model_logits(model, hidden) / temperature                                                # [chunk, V]
+        logits = model_logits(model, hidden)                                                              # [chunk, V]
+        if temperature != 1:
+            logits = logits / temperature
         logz = logits.logsumexp(-1)
         logp = logits.gather(-1, target[:, None])[:, 0] - logz
         if not entropy:
@@ -257,8 +271,8 @@ def grpo_loss(logp: torch.Tensor, old_logp: torch.Tensor, ref_logp, advantages: 
     old_logp and ref_logp are constants. responses: responses in the whole optimiser step (default B), so that the sum over micro-batches is the loss of the whole.
     stats (detached, add up over micro-batches like the loss): loss, kl (to the reference), approx_kl (to the old policy), clipfrac.
 
-    On-policy with centred advantages the loss *value* is beta KL, nearly 0, while its gradient is not. Example: one response of two tokens,
-    logp = old = (-1, -1), ref = None, beta 0, advantage 0.5 -> loss -0.5, gradient -0.25 for each logp.
+    On-policy with one centred advantage per response the loss *value* is beta KL, and its gradient is not 0. Example: a response of two
+    tokens and one of one, logp = old, beta 0, advantages (0.5, -0.5) -> loss 0, gradient -0.125, -0.125 in the first and 0.25 in the second.
     """
     if advantages.dim() == 1:
         advantages = advantages[:, None]                                                                  # [B, 1]

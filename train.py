@@ -2,7 +2,8 @@
 
     python train.py                                    # the toy, on a CPU, in about a minute, nothing downloaded
     python train.py --generator Qwen/Qwen2.5-0.5B --verifier google/gemma-3-1b-it --prompts instructions.jsonl \\
-        --lr 3e-6 --warmup_steps 20 --beta 0.01 --steps 5000 --prompts_per_step 1 --max_new_tokens 1024    # the paper's recipe, one GPU
+        --lr 3e-6 --warmup_steps 20 --beta 0.01 --steps 5000 --prompts_per_step 1 --micro_batch 1 --max_new_tokens 1024 \\
+        --save_every 500                               # the paper's recipe, one GPU
     python train.py --resume                           # continue the newest run
 
 Deliberate departures from the papers: listed in README.md, and where they are made (grpo.py, cme.py, align.py). Letters as in grpo.py.
@@ -10,6 +11,7 @@ Deliberate departures from the papers: listed in README.md, and where they are m
 import dataclasses
 import glob
 import json
+import logging
 import math
 import os
 import resource
@@ -21,14 +23,13 @@ from types import SimpleNamespace
 from typing import Literal
 
 import torch
-from huggingface_hub.utils import logging as hub_logging
 from tqdm import tqdm
 from transformers.utils import logging as model_logging
 
 import cme
 import grpo
 from align import spans_from_ids
-from evaluate import append_line, checkpoints, held_out, lock, read_lines, read_prompts, save_checkpoint, write_atomically
+from evaluate import append_line, checkpoints, held_out, lock, read_lines, read_prompts, response_texts, save_checkpoint, write_atomically
 
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy", "cme")
 
@@ -45,17 +46,17 @@ class Options:
     generator: str = option("", "model to train, a folder or a hub name; empty: the toy's")
     verifier: str = option("", "frozen model that scores, best of another family; empty: the toy's")
     prompts: str = option("", "prompts to train on: a .jsonl, .json or .txt file; empty: the toy's")
-    eval_prompts: str = option("", "held-out prompts with `facts` and `pattern`; empty: the toy's if --generator is empty too, else none")
+    eval_prompts: str = option("", "held-out prompts with `facts` and `pattern`; empty: the toy's, or none if --generator and --prompts are given")
     group_size: int = option(8, "G, responses per prompt")
     prompts_per_step: int = option(16, "P, prompts per step; the P * G responses make one update")
     steps: int = option(80, "steps in all")
     max_new_tokens: int = option(48, "longest response, in generator tokens")
     temperature: float = option(1.0, "of sampling, and of the policy's and the reference's log-probabilities")
-    top_k: int = option(0, "sample among the k most probable tokens; 0: all")
+    top_k: int = option(0, "sample among the k most probable tokens; 0: all (log-probabilities stay those of all)")
     top_p: float = option(1.0, "sample among the most probable tokens that hold this mass, in (0, 1]")
     lr: float = option(8e-4, "peak learning rate of AdamW (8e-4 suits the toy; the paper's models: 3e-6)")
     warmup_steps: int = option(5, "steps of linear warm-up")
-    schedule: Literal["cosine", "constant"] = option("cosine", "learning rate after the warm-up; cosine falls to 0 at the last step")
+    schedule: Literal["cosine", "constant"] = option("cosine", "learning rate after the warm-up; cosine falls to 0 after the last step")
     beta: float = option(0.02, "weight of the KL to the initial policy; at 0 no reference model is held")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low")
     clip_high: float = option(0.2, "and above 1 + clip_high")
@@ -66,8 +67,8 @@ class Options:
     gradient_checkpointing: bool = option(False, "less memory for more compute in the policy's backward pass")
     seed: int = option(0, "of the order of prompts and of sampling")
     output_dir: str = option("", "where everything goes; empty: runs/REWARD-DATE-TIME, or with --resume the newest run")
-    resume: bool = option(False, "continue the run in --output_dir from its last checkpoint, with its options")
-    save_every: int = option(20, "steps between checkpoints")
+    resume: bool = option(False, "continue the run in --output_dir from its last checkpoint, with its options but for those given again")
+    save_every: int = option(20, "steps between checkpoints; only the newest is kept")
     eval_every: int = option(10, "steps between held-out scores; 0: only before and after")
     sample_every: int = option(20, "steps between two samples on the screen and in samples.jsonl")
     threads: int = option(0, "CPU threads; 0: one for models under 10 million parameters (more only hurt), else PyTorch's choice")
@@ -83,14 +84,14 @@ LEAST = {  # the smallest values that make sense
 # ---------------------------------------------------------------- setting up: what a user can get wrong fails here, in one line
 
 def parse(arguments: list) -> Options:
-    """The command line -> checked Options. With --resume they come from the run's config.json, and none may differ. ValueError otherwise."""
+    """The command line -> checked Options, or ValueError. With --resume what is not given again comes from the run's config.json."""
     from transformers import HfArgumentParser
 
     def refuse(message):
         raise ValueError(f"{message} (see --help)")
     parser = HfArgumentParser(Options, allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.error = refuse
-    options, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
+    options, unknown = parser.parse_args_into_dataclasses(arguments, return_remaining_strings=True, look_for_args_file=False)
     if unknown:
         refuse(f"unknown option {unknown[0]}")
     if options.resume:
@@ -102,26 +103,26 @@ def parse(arguments: list) -> Options:
         except (OSError, ValueError):
             raise ValueError(f"{folder} holds no run to resume (no readable config.json)") from None
         parser.set_defaults(**saved)
-        options = parser.parse_args_into_dataclasses(arguments)[0]
-        for name in set(saved) - {"threads", "device"}:
-            if getattr(options, name, None) != saved[name]:
-                raise ValueError(f"--{name} {getattr(options, name)}: the run in {folder} has {saved[name]}; leave it out, or start a new run")
+        options = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0]
+        for name, value in saved.items():
+            if getattr(options, name, None) != value:
+                print(f"--{name} is now {getattr(options, name, None)}, was {value}: no longer the run it would have been")
     for name, least in LEAST.items():
         if not least <= getattr(options, name) < math.inf:
             raise ValueError(f"--{name} {getattr(options, name)}: must be at least {least}, and finite")
-    if options.top_p > 1:
-        raise ValueError(f"--top_p {options.top_p}: must be at most 1")
+    if options.top_p > 1 or options.seed >= 2**32:
+        raise ValueError(f"--top_p {options.top_p}: must be at most 1" if options.top_p > 1 else f"--seed {options.seed}: must be under 2**32")
     return options
 
 
 def load(what: str, path: str, device, train: bool):
     """grpo's loaders, with their many errors made one."""
-    for logging in (hub_logging, model_logging):                               # neither retries nor warnings say more than our one line
-        logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)               # its retries, and these warnings, say no more than our line
+    model_logging.set_verbosity_error()
     model_logging.disable_progress_bar()
     try:
         return grpo.load_model(path, train=train, device=device), grpo.load_tokenizer(path)
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as e:
+    except Exception as e:                                                     # broken JSON, broken weights, no network, unknown architectures ...
         raise ValueError(f"--{what} {path}: cannot be loaded, {(str(e).strip().splitlines() or [type(e).__name__])[0][:300]} "
                          f"(it must be a folder with a model, or the name of one on the hub and a network)") from None
 
@@ -129,10 +130,14 @@ def load(what: str, path: str, device, train: bool):
 def prepare(options: Options) -> SimpleNamespace:
     """Reads, loads and checks everything and writes nothing -> what train() needs. ValueError for what the user can mend."""
     options.output_dir = options.output_dir or os.path.join("runs", f"{options.reward}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if not options.resume and os.path.exists(options.output_dir) and (not os.path.isdir(options.output_dir) or os.listdir(options.output_dir)):
+    if not options.resume and os.path.exists(options.output_dir) and (not os.path.isdir(options.output_dir) or
+                                                                      set(os.listdir(options.output_dir)) - {"lock", "config.json.tmp"}):
         raise ValueError(f"--output_dir {options.output_dir} is in use; give another one, or --resume")
     prompts = read_prompts(options.prompts or os.path.join(TOY, "prompts.jsonl"))
-    eval_path = options.eval_prompts or ("" if options.generator else os.path.join(TOY, "eval.jsonl"))
+    eval_path = options.eval_prompts or ("" if options.generator and options.prompts else os.path.join(TOY, "eval.jsonl"))
+    for name in ("verifier", "prompts"):
+        if options.generator and not getattr(options, name):
+            print(f"--{name} is empty: the toy's, which knows nothing but the toy's world", file=sys.stderr)
     eval_rows = read_prompts(eval_path) if eval_path else []
     try:
         device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -140,21 +145,27 @@ def prepare(options: Options) -> SimpleNamespace:
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {options.device}: {str(e).splitlines()[0]}") from None
     initial, saved = options.generator or os.path.join(TOY, "generator"), checkpoints(options.output_dir)
-    policy, tokenizer = load("generator", saved[-1] if saved else initial, device, train=True)
+    policy, tokenizer = load("generator", initial, device, train=True)
     reference = load("generator", initial, device, train=False)[0] if options.beta else None
+    if saved:
+        policy = load("generator", saved[-1], device, train=True)[0]
     verifier, verifier_tokenizer = load("verifier", options.verifier or os.path.join(TOY, "verifier"), device, train=False)
     stop_ids = grpo.find_stop_ids(policy, tokenizer)
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    for row in prompts + eval_rows:
-        n = len(grpo.chat_ids(tokenizer, row["prompt"]))
-        if n + options.max_new_tokens > context:
-            raise ValueError(f"{row['where']}: the prompt's {n} tokens and --max_new_tokens {options.max_new_tokens} exceed the generator's "
-                             f"context of {context}; shorten it or leave it out")
+    for reader, rows in ((tokenizer, prompts + eval_rows), (verifier_tokenizer, prompts)):
+        for row in rows:
+            try:
+                n = len(grpo.chat_ids(reader, row["prompt"]))
+            except ValueError as e:
+                raise ValueError(f"{row['where']}: {e}") from None
+            if reader is tokenizer and n + options.max_new_tokens > context:
+                raise ValueError(f"{row['where']}: the prompt's {n} tokens and --max_new_tokens {options.max_new_tokens} exceed the generator's "
+                                 f"context of {context}; shorten it or leave it out")
     small = max(sum(p.numel() for p in m.parameters()) for m in (policy, verifier)) < 10e6
     if options.threads or (small and device.type == "cpu"):
         torch.set_num_threads(options.threads or 1)
     if options.gradient_checkpointing:
-        getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()
+        getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()       # the name after and before transformers 5.2x
     return SimpleNamespace(options=options, device=device, policy=policy, reference=reference, verifier=verifier, tokenizer=tokenizer,
                            verifier_tokenizer=verifier_tokenizer, prompts=[r["prompt"] for r in prompts], eval_rows=eval_rows, stop_ids=stop_ids)
 
@@ -184,9 +195,9 @@ def rewards_and_advantages(run, prompts: list, ids, lengths):
     o = run.options
     if o.reward == "cme":
         rewards, counted = cme.token_rewards(run.verifier, run.verifier_tokenizer, run.tokenizer, prompts, ids, lengths, credit=o.credit,
-                                             score_stop=o.score_stop)
+                                             score_stop=o.score_stop, stop_ids=run.stop_ids)
         return rewards, counted, grpo.position_advantages(rewards, counted, o.group_size, scale=o.scale)
-    texts = [spans_from_ids(run.tokenizer, y[:n])[0] for y, n in zip(ids.tolist(), lengths.tolist())]
+    texts, _ = response_texts(run.tokenizer, ids, lengths, run.stop_ids)
     rewards = cme.sequence_rewards(run.verifier, run.verifier_tokenizer, prompts, texts).to(ids.device)
     return rewards, ~rewards.isnan(), grpo.group_advantages(rewards, o.group_size, scale=o.scale)
 
@@ -215,8 +226,8 @@ def update(run, optimizer, prompt_ids, ids, lengths, advantages, old_logp, ref_l
     """One optimiser step on all B responses, in micro-batches; skipped if loss or gradient are not finite -> statistics."""
     o, mask, totals = run.options, grpo.response_mask(lengths, ids.shape[1]), {}
     optimizer.zero_grad()
-    for module in run.policy.modules():                                        # what recomputes its activations wants "training"; nothing
-        module.training = bool(getattr(module, "gradient_checkpointing", False))   # else gets that, so dropout stays off
+    for module in run.policy.modules():                                        # what recomputes its activations wants to be "training"
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
     for part in micro_batches(lengths, o.micro_batch):
         with autocast(run.device):
             logp, entropy = grpo.token_logprobs(run.policy, [prompt_ids[i] for i in part], ids[part], lengths[part], temperature=o.temperature, entropy=True)
@@ -243,14 +254,14 @@ def table_row(name: str, scores: dict, header: bool = False) -> str:
 
 
 def show_sample(run, step: int, prompt, ids: list, rewards: list, reward: float):
-    """One whole response on the screen, with its least expected tokens; in samples.jsonl with the reward of each token."""
+    """One whole response on the screen; in samples.jsonl too, with the reward of each token (null where masked) if it has one."""
     text, spans = spans_from_ids(run.tokenizer, ids)
-    tokens, rewards = [text[int(a):math.ceil(b)] for a, b in spans], [round(r, 4) for r in rewards]
-    worst = ", ".join(f"{t!r} {r:.1f}" for r, t in sorted(zip(rewards, tokens))[:3]) if len(rewards) == len(tokens) else ""
+    tokens = [text[int(a):math.ceil(b)] for a, b in spans]
+    worst = ", ".join(f"{token!r} {r:.1f}" for r, token in sorted((r, token) for r, token in zip(rewards, tokens) if r is not None)[:3])
     question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
     tqdm.write(f"step {step}: {question}\n    {text}\n    reward {reward:.2f} nats per token" + f"; least expected {worst}" * bool(worst), file=sys.stdout)
     append_line(os.path.join(run.options.output_dir, "samples.jsonl"),
-                {"step": step, "prompt": prompt, "response": text, "reward": round(reward, 4), "tokens": tokens, "rewards": rewards})
+                {"step": step, "prompt": prompt, "response": text, "reward": reward, "tokens": tokens, "rewards": rewards})
 
 
 # ---------------------------------------------------------------- the algorithm
@@ -259,17 +270,14 @@ def train(run) -> dict:
     """The whole run, or what is left of it -> the contents of summary.json."""
     o, device, G = run.options, run.device, run.options.group_size
     os.makedirs(o.output_dir, exist_ok=True)
-    held = lock(o.output_dir)                                                  # as long as this function runs
-    metrics, samples, summary = (os.path.join(o.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl", "summary.json"))
-    if os.path.exists(summary):
-        with open(summary, encoding="utf-8") as f:
-            return json.load(f)
+    held = lock(o.output_dir)                                                  # as long as this process runs
+    metrics, samples = (os.path.join(o.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl"))
     optimizer = torch.optim.AdamW(run.policy.parameters(), lr=o.lr, weight_decay=0.0)
     start, seconds, saved, skipped = 0, 0.0, checkpoints(o.output_dir), 0
     if saved:
         state = torch.load(os.path.join(saved[-1], "state.pt"), map_location=device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
-        start, seconds = state["step"], state["seconds"]
+        start, seconds, skipped = state["step"], state["seconds"], state["skipped"]
     write_atomically(os.path.join(o.output_dir, "config.json"), json.dumps(dataclasses.asdict(o) | {"resume": False}, indent=1))
     for path in (metrics, samples):                                            # what came after the checkpoint is done again
         kept = [r for r in read_lines(path) if saved and r["step"] <= start]
@@ -318,37 +326,53 @@ def train(run) -> dict:
                             + f", {skipped} SKIPPED" * bool(skipped), refresh=False)
         if step % o.sample_every == 0:
             for i in (0, len(ids) - 1):
-                show_sample(run, step + 1, prompts[i], ids[i, :lengths[i]].tolist(), rewards.view(len(ids), -1)[i, :lengths[i]].tolist(), reward[i].item())
+                of_tokens = [round(r, 4) if c else None for r, c in zip(rewards[i].tolist(), counted[i].tolist())] if rewards.dim() == 2 else []
+                show_sample(run, step + 1, prompts[i], ids[i, :lengths[i]].tolist(), of_tokens[:lengths[i]], reward[i].item())
         if step + 1 == o.steps or (o.eval_every and (step + 1) % o.eval_every == 0):
             row["held_out"] = scores()
             tqdm.write(table_row(f"step {step + 1}", row["held_out"]), end="", file=sys.stdout)
         append_line(metrics, row)
         if step + 1 == o.steps or (step + 1) % o.save_every == 0 or skipped >= 10:
             model = save_checkpoint(o.output_dir, step + 1, run.policy, run.tokenizer,
-                                    {"optimizer": optimizer.state_dict(), "step": step + 1, "seconds": time.time() - began})
+                                    {"optimizer": optimizer.state_dict(), "step": step + 1, "seconds": time.time() - began, "skipped": skipped})
         if skipped >= 10:
             raise FloatingPointError(f"loss or gradient were not finite in ten updates in a row, up to step {step + 1}; the weights from before "
                                      f"them are in {model}. Lower --lr, or look at {metrics}")
     rows, tenth = read_lines(metrics), max(1, o.steps // 10)
-    first, last = (sum(r["reward"] or 0 for r in part) / tenth for part in (rows[1:1 + tenth], rows[-tenth:]))
+    first, last = ([r["reward"] for r in part if r["reward"] is not None] for part in (rows[1:1 + tenth], rows[-tenth:]))
     memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    result = {"before": rows[0]["held_out"] | {"reward": round(first, 4)}, "after": rows[-1]["held_out"] | {"reward": round(last, 4)},
+    result = {"before": rows[0]["held_out"] | {"reward": sum(first) / max(1, len(first))},
+              "after": rows[-1]["held_out"] | {"reward": sum(last) / max(1, len(last))},
               "seconds": round(time.time() - began, 1), "steps": o.steps, "skipped": sum(r["skipped"] for r in rows[1:]), "seed": o.seed,
               "peak_memory_mb": round(memory), "model": checkpoints(o.output_dir)[-1]}
-    write_atomically(summary, json.dumps(result, indent=1))
+    write_atomically(os.path.join(o.output_dir, "summary.json"), json.dumps(result, indent=1))
     held.close()
     return result
 
 
 def main():
+    def stop(status, message):
+        print(f"train.py: {message}", file=sys.stderr)
+        sys.exit(status)
     try:
-        run = prepare(parse(sys.argv[1:]))
-        print(json.dumps(dataclasses.asdict(run.options)))
-        result = train(run)
-    except (ValueError, FloatingPointError) as e:
-        print(f"train.py: {e}", file=sys.stderr)
-        sys.exit(1 if isinstance(e, FloatingPointError) else 2)
+        options = parse(sys.argv[1:])
+        finished = os.path.join(options.output_dir, "summary.json")
+        if options.resume and os.path.exists(finished):                        # nothing left to do but to say how it ended
+            with open(finished, encoding="utf-8") as f:
+                result = json.load(f)
+        else:
+            run = prepare(options)
+            print(json.dumps(dataclasses.asdict(options)))
+            result = train(run)
+    except (ValueError, OSError) as e:
+        stop(2, e)
+    except FloatingPointError as e:
+        stop(1, e)
+    except torch.OutOfMemoryError as e:
+        stop(1, f"{str(e).splitlines()[0]} --resume with a smaller --micro_batch, --gradient_checkpointing or fewer --max_new_tokens")
+    except KeyboardInterrupt:
+        stop(130, "stopped; --resume continues from the last checkpoint")
     print(table_row("before", result["before"], header=True) + table_row("after", result["after"])
           + f"{result['steps']} steps in {result['seconds']:.0f} s, at most {result['peak_memory_mb']} MB. The model is in {result['model']}; "
             f"beside it are config.json, metrics.jsonl, samples.jsonl and summary.json.")

@@ -133,6 +133,42 @@ def test_score_stop(toy):
     assert mask.sum() == plain_mask.sum() + 2
 
 
+def test_stop_ids_say_what_a_stop_token_is(toy):
+    """A row cut off at a special token that does not stop did not stop; a stop token that is not special is no text."""
+    (_, tokenizer), (model, verifier_tokenizer) = toy["generator"], toy["verifier"]
+    text = tokenizer(TEXTS[0]).input_ids
+    start, stop, dot = tokenizer.convert_tokens_to_ids("<|im_start|>"), grpo.end_of_turn(tokenizer), text[-1]
+    ids, lengths = pad([text + [stop], text + [start], text])
+    go = lambda **options: cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT] * 3, ids, lengths, **options)   # noqa: E731
+    rewards, mask = go(score_stop=True, stop_ids=[stop])
+    assert mask[:, len(text)].tolist() == [True, False, False] and rewards[1, len(text)] == 0
+    rewards, mask = go(stop_ids=[stop, dot])                                                              # the full stop stops, and is not read
+    expected = sum(verifier_says(model, verifier_tokenizer, PROMPT, TEXTS[0][:-1]))
+    assert not mask[2, len(text) - 1] and rewards[2].sum().item() == pytest.approx(expected, abs=1e-3)
+
+
+def test_what_the_verifier_cannot_read_is_masked(toy):
+    """A WordPiece verifier drops control characters: a response of nothing else has no verifier token, and no reward of 0 to win with."""
+    from tokenizers_for_tests import make
+    from transformers import LlamaConfig, LlamaForCausalLM
+    _, tokenizer = toy["generator"]
+    reader = make("bert")
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=len(reader), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)).eval()
+    assert not spans_from_text(reader, "\x01\x02")[0]
+    ids, lengths = pad([tokenizer("\x01\x02").input_ids, tokenizer("Mia").input_ids])
+    rewards, mask = cme.token_rewards(model, reader, tokenizer, [PROMPT] * 2, ids, lengths)
+    assert not mask[0].any() and not rewards[0].any() and mask[1].any()
+
+
+def test_a_verifier_that_is_not_finite_says_so(toy):
+    import copy
+    model, tokenizer = copy.deepcopy(toy["verifier"][0]), toy["verifier"][1]
+    with torch.no_grad():
+        model.base_model.norm.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="verifier"):
+        cme.sequence_rewards(model, tokenizer, [PROMPT], ["Mia"])
+
+
 def test_sequence_rewards_are_eq_3(toy):
     model, tokenizer = toy["verifier"]
     texts = TEXTS + [""]

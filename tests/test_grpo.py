@@ -226,6 +226,15 @@ def test_a_models_gradient_does_not_depend_on_the_micro_batches(split):
     assert max(w.abs().max() for w in whole) > 1e-2  # not everything is zero
 
 
+def test_on_policy_the_loss_is_zero_and_its_gradient_is_not():
+    """The docstring's example."""
+    logp = torch.tensor([[-1.0, -1.0], [-1.0, 0.0]], requires_grad=True)
+    mask = torch.tensor([[True, True], [True, False]])
+    loss, _ = grpo.grpo_loss(logp, logp, None, torch.tensor([0.5, -0.5]), mask, beta=0.0)                 # old_logp needs no detach()
+    loss.backward()
+    assert loss.item() == pytest.approx(0) and logp.grad.tolist() == [[-0.125, -0.125], [0.25, 0]]
+
+
 def test_loss_refuses_what_does_not_fit():
     logp, old, ref, advantages, mask = loss_case(0)
     for args in [(logp[:, :-1], old, ref, advantages, mask), (logp, old[:-1], ref, advantages, mask), (logp, old, ref[:, :1], advantages, mask),
@@ -1030,3 +1039,11 @@ def test_importance_ratio_corrects_for_another_sampling_distribution_exactly():
     assert -loss.item() == pytest.approx(expectation.item(), rel=1e-5)
     for ours, w in zip(torch.autograd.grad(loss, parameters), torch.autograd.grad(expectation, parameters)):
         torch.testing.assert_close(-ours, w, rtol=1e-3, atol=1e-6)
+
+
+def test_a_template_that_refuses_the_prompt_is_a_clear_error():
+    tokenizer = grpo.load_tokenizer(str(TOY / "generator"))
+    tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    grpo.chat_ids(tokenizer, "Hi")
+    with pytest.raises(ValueError, match="System role not supported"):
+        grpo.chat_ids(tokenizer, [{"role": "system", "content": "Be brief."}])

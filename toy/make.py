@@ -215,6 +215,9 @@ def main():
     parser.add_argument("--knows", type=float, default=1.0, help="share of the facts that the verifier knows; it sees random values for the others")
     parser.add_argument("--fragment", action="store_true", help="a generator whose tokenizer spells the values in pieces")
     args = parser.parse_args()
+    parts = args.parts.split(",")
+    if set(parts) - {"data", "generator", "verifier"}:
+        parser.error(f"--parts {args.parts}: any of data,generator,verifier")
     torch.set_num_threads(1)
     os.makedirs(args.output, exist_ok=True)
     world, phrasings = make_world(), RL_PHRASINGS + HELD_OUT_PHRASINGS
@@ -230,14 +233,14 @@ def main():
         return rng.choice(phrasings).format(name), biography(
             rng, name, {a: f["truth"] if (name, a) in known else rng.choice(VALUES[a]) for a, f in world[name].items()})
 
-    if "data" in args.parts:
+    if "data" in parts:
         for file, rows in [("prompts.jsonl", [{"prompt": p.format(name)} for p in RL_PHRASINGS for name in NAMES]),
                            ("eval.jsonl", [eval_row(world, name, p) for p in HELD_OUT_PHRASINGS for name in NAMES])]:
             with open(os.path.join(args.output, file), "w", encoding="utf-8") as f:
                 f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     for part, tokenizer, build, draw, seed in [("generator", generator_tokenizer(args.fragment), qwen2, noisy, 3),
                                                ("verifier", verifier_tokenizer(), gemma3, clean, 4)]:
-        if part in args.parts:
+        if part in parts:
             torch.manual_seed(seed)
             pretrain(build(tokenizer), tokenizer, draw, steps=args.steps, path=os.path.join(args.output, part), seed=seed, save_every=args.save_every)
 

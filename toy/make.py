@@ -13,7 +13,7 @@ three skeletons, so that very many answers are right and yet every fact can be c
               *clean* biographies. It plays the paper's larger model from another family.
   prompts.jsonl, eval.jsonl   what RL asks (six phrasings), and two phrasings that RL never uses, with the facts.
 
-    python toy/make.py                                   # about 15 minutes on one core; continues where it was stopped
+    python toy/make.py                                   # about 12 minutes on one core; continues where it was stopped
     python toy/make.py --output runs/half --knows 0.5    # a verifier that knows half of the facts
     python toy/make.py --output runs/cut --fragment      # a generator that spells the values in pieces
 

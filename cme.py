@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from align import align, spans_from_ids, spans_from_text, special_ids, visible
-from grpo import chat_ids, end_of_turn, token_logprobs
+from grpo import chat_ids, end_of_turn, token_logprobs, without_stop
 
 
 def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: list, ids: torch.Tensor, lengths: torch.Tensor, *,
@@ -32,10 +32,8 @@ def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: li
     """
     if credit not in ("token", "word"):
         raise ValueError(f"credit must be 'token' or 'word', not {credit!r}")
-    stops = special_ids(generator_tokenizer) if stop_ids is None else set(stop_ids)
-    rows = [y[:n] for y, n in zip(ids.tolist(), lengths.tolist())]
-    stopped = [bool(y) and y[-1] in stops for y in rows]
-    spelled = [spans_from_ids(generator_tokenizer, y[:-1] if end else y) for y, end in zip(rows, stopped)]   # the stop token is no text
+    rows, stopped = without_stop(ids, lengths, special_ids(generator_tokenizer) if stop_ids is None else stop_ids)
+    spelled = [spans_from_ids(generator_tokenizer, y) for y in rows]                                      # (text, spans) of each
     scored = verifier_logprobs(verifier, verifier_tokenizer, prompts, [text for text, _ in spelled], [score_stop and end for end in stopped])
     rewards, mask = np.zeros(ids.shape, np.float32), np.zeros(ids.shape, bool)
     for i, ((text, target), (values, source, stop)) in enumerate(zip(spelled, scored)):
@@ -139,9 +137,7 @@ def cut_prompt(tokenizer, prompt, room: int) -> list:
     if len(cut(high)) > room:
         raise ValueError(f"a response leaves {room} tokens of the verifier's context for the prompt, and its bare chat template takes "
                          f"{len(cut(high))}: lower max_new_tokens or take a verifier with a longer context")
-    while low < high:                                                          # bisection: the shortest cut that fits
+    while low < high:                                                          # bisection for the shortest cut; cut(high) always fits
         middle = (low + high) // 2
         low, high = (low, middle) if len(cut(middle)) <= room else (middle + 1, high)
-    while len(cut(low)) > room:                                                # token counts are not quite monotone in the cut
-        low += 1
     return cut(low)

@@ -6,7 +6,6 @@
 import fcntl
 import glob
 import json
-import math
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ from collections import Counter
 import torch
 
 from align import spans_from_ids
-from grpo import chat_ids, sample
+from grpo import chat_ids, sample, without_stop
 
 FIELDS = ("prompt", "instruction", "problem")  # under which names a prompt may stand in a row
 
@@ -34,14 +33,9 @@ def write_atomically(path: str, text: str):
 
 def append_line(path: str, row: dict):
     """Appends one line of strict JSON: numbers that are not finite become null. `read_lines` forgives the half line of a killed process."""
-    def finite(x):
-        if isinstance(x, dict):
-            return {k: finite(v) for k, v in x.items()}
-        if isinstance(x, list):
-            return [finite(v) for v in x]
-        return None if isinstance(x, float) and not math.isfinite(x) else x
+    row = json.loads(json.dumps(row), parse_constant=lambda _: None)           # NaN, Infinity, -Infinity
     with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
+        f.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_lines(path: str) -> list:
@@ -181,9 +175,8 @@ def score(rows: list, texts: list, stopped: list) -> dict:
 
 def response_texts(tokenizer, ids: torch.Tensor, lengths: torch.Tensor, stop_ids: list):
     """ids [B, T], lengths [B] -> (texts, stopped): the decoded responses without their stop tokens, and whether each had one."""
-    rows = [y[:n] for y, n in zip(ids.tolist(), lengths.tolist())]
-    stopped = [bool(y) and y[-1] in stop_ids for y in rows]
-    return [spans_from_ids(tokenizer, y[:-1] if end else y)[0] for y, end in zip(rows, stopped)], stopped
+    rows, stopped = without_stop(ids, lengths, stop_ids)
+    return [spans_from_ids(tokenizer, y)[0] for y in rows], stopped
 
 
 def respond(model, tokenizer, prompts: list, *, batch: int = 128, **sampling):

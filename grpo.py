@@ -180,6 +180,13 @@ def response_mask(lengths: torch.Tensor, T: int) -> torch.Tensor:
     return torch.arange(T, device=lengths.device) < lengths[:, None]
 
 
+def without_stop(ids: torch.Tensor, lengths: torch.Tensor, stop_ids):
+    """ids [B, T], lengths [B] -> (B lists of ids without the stop token at their end, B bools: whether there was one)."""
+    rows = [y[:n] for y, n in zip(ids.tolist(), lengths.tolist())]
+    stopped = [bool(y) and y[-1] in stop_ids for y in rows]
+    return [y[:-1] if end else y for y, end in zip(rows, stopped)], stopped
+
+
 def token_logprobs(model, prompt_ids: list, ids: torch.Tensor, lengths: torch.Tensor, *, temperature: float = 1.0, entropy: bool = False,
                    chunk: int = 1024):
     """log p(y_t | prompt, y_<t) of each response token -> [B, T] nats, float32, 0 behind each row's length; with `entropy` also the

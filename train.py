@@ -17,7 +17,6 @@ import os
 import resource
 import sys
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Literal
@@ -104,6 +103,8 @@ def parse(arguments: list) -> Options:
             raise ValueError(f"{folder} holds no run to resume (no readable config.json)") from None
         parser.set_defaults(**saved)
         options = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)[0]
+        if options.generator != saved["generator"]:
+            raise ValueError(f"--generator {options.generator}: a run cannot change its model; start a new one")
         for name, value in saved.items():
             if getattr(options, name, None) != value:
                 print(f"--{name} is now {getattr(options, name, None)}, was {value}: no longer the run it would have been")
@@ -132,7 +133,8 @@ def prepare(options: Options) -> SimpleNamespace:
     options.output_dir = options.output_dir or os.path.join("runs", f"{options.reward}-{time.strftime('%Y%m%d-%H%M%S')}")
     if not options.resume and os.path.exists(options.output_dir) and (not os.path.isdir(options.output_dir) or
                                                                       set(os.listdir(options.output_dir)) - {"lock", "config.json.tmp"}):
-        raise ValueError(f"--output_dir {options.output_dir} is in use; give another one, or --resume")
+        resume = ", or --resume" * os.path.exists(os.path.join(options.output_dir, "config.json"))
+        raise ValueError(f"--output_dir {options.output_dir} is in use; give another one{resume}")
     prompts = read_prompts(options.prompts or os.path.join(TOY, "prompts.jsonl"))
     eval_path = options.eval_prompts or ("" if options.generator and options.prompts else os.path.join(TOY, "eval.jsonl"))
     for name in ("verifier", "prompts"):
@@ -147,6 +149,8 @@ def prepare(options: Options) -> SimpleNamespace:
     initial, saved = options.generator or os.path.join(TOY, "generator"), checkpoints(options.output_dir)
     policy, tokenizer = load("generator", initial, device, train=True)
     reference = load("generator", initial, device, train=False)[0] if options.beta else None
+    if saved and int(saved[-1].rsplit("-", 1)[1]) > options.steps:
+        raise ValueError(f"--steps {options.steps}: the run has come further, to {saved[-1]}")
     if saved:
         policy = load("generator", saved[-1], device, train=True)[0]
     verifier, verifier_tokenizer = load("verifier", options.verifier or os.path.join(TOY, "verifier"), device, train=False)
@@ -204,7 +208,7 @@ def rewards_and_advantages(run, prompts: list, ids, lengths):
 
 def autocast(device):
     """bf16 on CUDA, where the policy's weights are float32; nothing elsewhere."""
-    return torch.autocast("cuda", dtype=torch.bfloat16) if device.type == "cuda" else nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
 def micro_batches(lengths, size: int) -> list:
@@ -212,27 +216,23 @@ def micro_batches(lengths, size: int) -> list:
     return [part.tolist() for part in lengths.argsort(stable=True).split(size)]
 
 
-@torch.no_grad()
-def logprobs_of(model, run, prompt_ids, ids, lengths):
-    """[B, T] log-probabilities without gradient, of the reference or of the policy that sampled."""
-    logp = torch.zeros(ids.shape, device=run.device)
-    with autocast(run.device):
-        for part in micro_batches(lengths, run.options.micro_batch):
-            logp[part] = grpo.token_logprobs(model, [prompt_ids[i] for i in part], ids[part], lengths[part], temperature=run.options.temperature)
-    return logp
+def update(run, optimizer, prompt_ids, ids, lengths, advantages, old_logp: dict) -> dict:
+    """One optimiser step on all B responses, in micro-batches; skipped if loss or gradient are not finite -> statistics.
 
-
-def update(run, optimizer, prompt_ids, ids, lengths, advantages, old_logp, ref_logp) -> dict:
-    """One optimiser step on all B responses, in micro-batches; skipped if loss or gradient are not finite -> statistics."""
+    old_logp: log-probabilities of each micro-batch under the policy that sampled; {} at the first update, which is on-policy and fills it.
+    """
     o, mask, totals = run.options, grpo.response_mask(lengths, ids.shape[1]), {}
     optimizer.zero_grad()
     for module in run.policy.modules():                                        # what recomputes its activations wants to be "training"
         module.training = bool(getattr(module, "gradient_checkpointing", False))
-    for part in micro_batches(lengths, o.micro_batch):
+    for n, part in enumerate(micro_batches(lengths, o.micro_batch)):
+        rows = [prompt_ids[i] for i in part], ids[part], lengths[part]
         with autocast(run.device):
-            logp, entropy = grpo.token_logprobs(run.policy, [prompt_ids[i] for i in part], ids[part], lengths[part], temperature=o.temperature, entropy=True)
-        loss, stats = grpo.grpo_loss(logp, logp.detach() if old_logp is None else old_logp[part], None if ref_logp is None else ref_logp[part],
-                                     advantages[part], mask[part], beta=o.beta, clip_low=o.clip_low, clip_high=o.clip_high, responses=len(ids))
+            logp, entropy = grpo.token_logprobs(run.policy, *rows, temperature=o.temperature, entropy=True)
+            with torch.no_grad():
+                ref_logp = grpo.token_logprobs(run.reference, *rows, temperature=o.temperature) if o.beta else None
+        loss, stats = grpo.grpo_loss(logp, old_logp.setdefault(n, logp.detach()), ref_logp, advantages[part], mask[part], beta=o.beta,
+                                     clip_low=o.clip_low, clip_high=o.clip_high, responses=len(ids))
         loss.backward()
         for name, value in (stats | {"entropy": entropy.sum() / mask.sum()}).items():
             totals[name] = totals.get(name, 0) + value
@@ -306,11 +306,10 @@ def train(run) -> dict:
         rewards, counted, advantages = rewards_and_advantages(run, prompts, ids, lengths)
 
         # 3. clipped steps towards the better ones, held back by the reference
-        ref_logp = logprobs_of(run.reference, run, prompt_ids, ids, lengths) if o.beta else None
-        old_logp = logprobs_of(run.policy, run, prompt_ids, ids, lengths) if o.updates_per_rollout > 1 else None   # else logp.detach()
+        old_logp = {}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(o, step)
-        updates = [update(run, optimizer, prompt_ids, ids, lengths, advantages, old_logp, ref_logp) for _ in range(o.updates_per_rollout)]
+        updates = [update(run, optimizer, prompt_ids, ids, lengths, advantages, old_logp) for _ in range(o.updates_per_rollout)]
         for stats in updates:
             skipped = skipped + 1 if stats["skipped"] else 0                   # in a row
 
@@ -343,7 +342,7 @@ def train(run) -> dict:
     memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
     result = {"before": rows[0]["held_out"] | {"reward": sum(first) / max(1, len(first))},
-              "after": rows[-1]["held_out"] | {"reward": sum(last) / max(1, len(last))},
+              "after": (rows[-1].get("held_out") or scores()) | {"reward": sum(last) / max(1, len(last))},
               "seconds": round(time.time() - began, 1), "steps": o.steps, "skipped": sum(r["skipped"] for r in rows[1:]), "seed": o.seed,
               "peak_memory_mb": round(memory), "model": checkpoints(o.output_dir)[-1]}
     write_atomically(os.path.join(o.output_dir, "summary.json"), json.dumps(result, indent=1))
@@ -357,10 +356,12 @@ def main():
         sys.exit(status)
     try:
         options = parse(sys.argv[1:])
-        finished = os.path.join(options.output_dir, "summary.json")
-        if options.resume and os.path.exists(finished):                        # nothing left to do but to say how it ended
+        result, finished = None, os.path.join(options.output_dir, "summary.json")
+        if options.resume and os.path.exists(finished):
             with open(finished, encoding="utf-8") as f:
                 result = json.load(f)
+        if result and result["steps"] >= options.steps:
+            print("this run had finished, nothing was done; more --steps would continue it")
         else:
             run = prepare(options)
             print(json.dumps(dataclasses.asdict(options)))

@@ -256,3 +256,45 @@ def test_errors(toy):
         cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT], torch.tensor([[5]]), torch.tensor([1]), credit="sentence")
     with pytest.raises(ValueError, match="one prompt per row"):
         cme.sequence_rewards(model, verifier_tokenizer, [PROMPT], ["a", "b"])
+
+
+def test_the_same_answer_to_different_prompts(toy):
+    """Catches: dedup key without the prompt; prompts confused by their first words; messages read as their first message."""
+    model, tokenizer = toy["verifier"]
+    say = lambda role, text: {"role": role, "content": text}                                              # noqa: E731
+    prompts = ["Tell me about Mia.", "Tell me about Zoe.", [say("user", "Who is Mia?")],
+               [say("user", "Who is Mia?"), say("assistant", "x"), say("user", "Who is Zoe?")]]
+    for prompt, (logp, _, _) in zip(prompts, cme.verifier_logprobs(model, tokenizer, prompts, ["She lives in Oslo."] * 4)):
+        np.testing.assert_allclose(logp, verifier_says(model, tokenizer, prompt, "She lives in Oslo."), atol=1e-4)
+
+
+def test_batches_are_by_length_and_bounded(toy, monkeypatch):
+    model, tokenizer = toy["verifier"]
+    shapes, real = [], cme.token_logprobs
+    monkeypatch.setattr(cme, "token_logprobs", lambda m, p, ids, n, **k: (
+        shapes.append([len(a) + b for a, b in zip(p, n.tolist())]), real(m, p, ids, n, **k))[1])
+    cme.verifier_logprobs(model, tokenizer, [PROMPT] * 12, [("Zoe ", "Ada ", "Mia ")[n % 3] * n for n in (30, 1, 25, 2, 20, 3, 15, 4, 10, 5, 28, 6)], batch_tokens=200)
+    assert 1 < len(shapes) < 12 and all(len(s) * max(s) <= 200 for s in shapes)
+    assert sum(sorted(shapes), []) == sorted(sum(shapes, []))                 # the longest row of a batch is no longer than the shortest of the next
+
+
+def test_context_is_used_to_its_last_token(toy, monkeypatch):
+    model, tokenizer = toy["verifier"]
+    context, text = model.config.max_position_embeddings, TEXTS[0]
+    n = len(spans_from_text(tokenizer, text)[0])
+    cuts, real = [], cme.cut_prompt
+    monkeypatch.setattr(cme, "cut_prompt", lambda t, p, room: (cuts.append(room), real(t, p, room))[1])
+    fits = next(p for p in ("word " * k for k in range(400, 0, -1)) if len(grpo.chat_ids(tokenizer, p)) <= context - n)
+    cme.verifier_logprobs(model, tokenizer, [fits], [text])
+    assert not cuts
+    cme.verifier_logprobs(model, tokenizer, [fits + "word " * 9], [text], [True])
+    assert cuts == [context - n - 1]                                          # the end of turn needs its place too
+    monkeypatch.setattr(model.config, "max_position_embeddings", len(grpo.chat_ids(tokenizer, PROMPT)) + n - 1)
+    cuts.clear(), cme.verifier_logprobs(model, tokenizer, [PROMPT], [text])
+    assert len(cuts) == 1                                                     # one token too many is too many
+
+
+def test_score_stop_without_an_end_of_turn(toy, monkeypatch):
+    monkeypatch.setattr(cme, "end_of_turn", lambda tokenizer: None)
+    with pytest.raises(ValueError, match="end-of-turn"):
+        cme.verifier_logprobs(*toy["verifier"], [PROMPT], ["Mia"], [True])

@@ -4,6 +4,7 @@ import re
 import signal
 
 import pytest
+import torch
 
 import evaluate
 import grpo
@@ -121,3 +122,20 @@ def test_respond_keeps_the_order_and_the_stop_token():
         assert n == len(tokenizer(text).input_ids) + 1
     _, lengths, stopped = evaluate.respond(model, tokenizer, prompts, max_new_tokens=3, temperature=0.0, stop_ids=stop)
     assert lengths == [3] * 4 and not any(stopped)
+
+
+def test_folders_with_brackets(tmp_path):
+    (tmp_path / "a[1]/checkpoint-000002").mkdir(parents=True), (tmp_path / "a[1]/checkpoint-000004.tmp").mkdir()
+    assert [c[-6:] for c in evaluate.checkpoints(str(tmp_path / "a[1]"))] == ["000002"]
+
+
+def test_a_stop_token_that_is_not_special_is_no_text():
+    tokenizer = grpo.load_tokenizer("toy/cme/generator")
+    row = tokenizer("Mia has a cat.").input_ids
+    ids = torch.tensor([row, row])
+    assert evaluate.response_texts(tokenizer, ids, torch.tensor([len(row), len(row) - 1]), row[-1:]) == (["Mia has a cat"] * 2, [True, False])
+
+
+def test_a_wrong_value_that_begins_like_the_right_one():
+    fact = {"right": "York", "wrong": ["York City"]}
+    assert evaluate.fact_right("in York.", fact) and not evaluate.fact_right("in York City.", fact)

@@ -12,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 
+import cme
 import evaluate
 import grpo
 import train
@@ -224,9 +225,7 @@ def step_of(run, **options):
     ids, lengths = grpo.sample(run.policy, ids_of_prompts, 3, max_new_tokens=24, stop_ids=run.stop_ids, generator=torch.Generator().manual_seed(0))
     prompts, prompt_ids = ([p for p in ps for _ in range(3)] for ps in (run.prompts[:2], ids_of_prompts))
     *_, advantages = train.rewards_and_advantages(run, prompts, ids, lengths)
-    with torch.no_grad():
-        ref_logp = grpo.token_logprobs(run.reference, prompt_ids, ids, lengths)
-    stats = train.update(run, torch.optim.SGD(run.policy.parameters(), lr=0.0), prompt_ids, ids, lengths, advantages, None, ref_logp)
+    stats = train.update(run, torch.optim.SGD(run.policy.parameters(), lr=0.0), prompt_ids, ids, lengths, advantages, {})
     return [p.grad.clone() for p in run.policy.parameters()], stats
 
 
@@ -425,3 +424,103 @@ def test_help_documents_every_option(tmp_path):
     for f in train.dataclasses.fields(train.Options):
         assert f"--{f.name}" in out
     assert evaluate.read_prompts(str(ROOT / "toy/cme/prompts.jsonl"))[0]["where"].endswith("prompts.jsonl:1")
+
+
+def test_options_reach_their_functions(tmp_path, few, monkeypatch):
+    calls = {}
+
+    def spy(module, name):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, **kwargs: (calls.setdefault(name, []).append((args, kwargs)), real(*args, **kwargs))[1])
+    for module, name in [(grpo, "sample"), (grpo, "token_logprobs"), (grpo, "grpo_loss"), (grpo, "position_advantages"), (cme, "token_rewards"),
+                         (torch.nn.utils, "clip_grad_norm_")]:
+        spy(module, name)
+    run = train.prepare(train.Options(steps=2, prompts_per_step=2, group_size=2, max_new_tokens=24, temperature=0.7, top_k=20, top_p=0.8, beta=0.5,
+                                      clip_low=0.1, clip_high=0.3, scale=False, credit="word", score_stop=True, max_grad_norm=0.5, seed=7,
+                                      micro_batch=3, eval_prompts=str(few[1]), output_dir=str(tmp_path / "run")))
+    train.train(run)
+    sub = lambda name, **expected: [{k: kw.get(k) for k in expected} == expected for _, kw in calls[name]]   # noqa: E731
+    assert all(sub("sample", temperature=0.7, top_k=20, top_p=0.8, max_new_tokens=24, stop_ids=run.stop_ids))
+    assert len({kw["generator"].initial_seed() for _, kw in calls["sample"]} | {7 * 1_000_003, 0, 1}) == 4    # another for each step and seed
+    assert all(sub("token_logprobs", temperature=0.7)) and len(calls["token_logprobs"]) == 8                 # 2 steps x 2 parts x (reference, policy)
+    assert all(sub("grpo_loss", beta=0.5, clip_low=0.1, clip_high=0.3, responses=4))
+    assert all(sub("token_rewards", credit="word", score_stop=True, stop_ids=run.stop_ids)) and all(sub("position_advantages", scale=False))
+    assert all(args[1] == 0.5 for args, _ in calls["clip_grad_norm_"])
+    asked = train.prompts_of_step(run.prompts, 2, 7, 0)
+    assert calls["token_rewards"][0][0][3] == [asked[0], asked[0], asked[1], asked[1]]                       # rows of a group adjacent, as sample makes them
+
+
+def test_old_logp_stays_that_of_the_rollout(tmp_path, few, monkeypatch):
+    """The second and third update on a batch compare with the policy that sampled, not with the one before."""
+    old, real = [], grpo.grpo_loss
+    monkeypatch.setattr(grpo, "grpo_loss", lambda logp, old_logp, *a, **k: (old.append(old_logp.clone()), real(logp, old_logp, *a, **k))[1])
+    train.train(train.prepare(train.Options(steps=1, prompts_per_step=2, group_size=2, max_new_tokens=24, updates_per_rollout=3, warmup_steps=0,
+                                            eval_prompts=str(few[1]), output_dir=str(tmp_path / "run"))))
+    assert len(old) == 3 and torch.equal(old[0], old[1]) and torch.equal(old[0], old[2]) and not old[0].requires_grad
+
+
+@pytest.mark.parametrize("change, said", [(["--steps", 3], "--steps"), (["--generator", ROOT / "toy/cme/verifier"], "--generator")])
+def test_what_cannot_be_changed_on_resume(tmp_path, few, change, said):
+    """Fewer steps than are done, another model under the same optimiser: one line, status 2, not a traceback."""
+    assert fork([*TINY, *few, "--output_dir", tmp_path / "run"], tmp_path, kill_at(grpo, "sample", 6))[0] == -signal.SIGKILL
+    status, _, err = fork(["--resume", "--output_dir", tmp_path / "run", *change], tmp_path)
+    assert status == 2 and said in err and "Traceback" not in err
+
+
+def test_a_finished_run_says_that_it_is_or_goes_on(tmp_path, few):
+    assert fork([*TINY, *few, "--steps", 2, "--output_dir", tmp_path / "run"], tmp_path)[0] == 0
+    status, out, err = fork(["--resume", "--output_dir", tmp_path / "run"], tmp_path)
+    assert status == 0 and "nothing was done" in out and rows(tmp_path / "run/metrics.jsonl")[-1]["step"] == 2
+    assert fork(["--resume", "--output_dir", tmp_path / "run", "--steps", 4], tmp_path)[0] == 0
+    assert rows(tmp_path / "run/metrics.jsonl")[-1]["step"] == 4 and json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 4
+
+
+def test_skipped_in_a_row_survives_a_kill(tmp_path, few):
+    def patch():
+        not_finite(1, 99)(), kill_at(grpo, "sample", 9)()
+    assert fork([*TINY, *few, "--steps", 40, "--output_dir", tmp_path / "run"], tmp_path, patch)[0] == -signal.SIGKILL
+    status, _, err = fork(["--resume", "--output_dir", tmp_path / "run"], tmp_path, not_finite(1, 99))
+    assert status == 1 and rows(tmp_path / "run/metrics.jsonl")[-1]["step"] == 10
+
+
+def test_skips_that_are_not_in_a_row_do_not_end_the_run(tmp_path, few):
+    def patch():
+        real, calls = grpo.grpo_loss, []
+
+        def wrapper(*args, **kwargs):
+            calls.append(0)
+            loss, stats = real(*args, **kwargs)
+            return (loss * float("nan") if len(calls) % 2 else loss), (stats | {"loss": loss.detach() * float("nan")} if len(calls) % 2 else stats)
+        grpo.grpo_loss = wrapper
+    status, _, err = fork([*TINY, *few, "--steps", 24, "--output_dir", tmp_path / "run"], tmp_path, patch)
+    assert status == 0 and json.loads((tmp_path / "run/summary.json").read_text())["skipped"] == 12, err
+
+
+def test_no_reference_at_beta_0(tmp_path):
+    assert train.prepare(train.Options(beta=0.0, output_dir=str(tmp_path / "unused"))).reference is None
+
+
+def test_truncated_and_flat(tmp_path, few, monkeypatch):
+    """Equal rewards everywhere: all columns are flat, those without a reward do not count; and who ended says so."""
+    monkeypatch.setattr(cme, "token_rewards", lambda v, vt, gt, prompts, ids, n, **k: (torch.ones(ids.shape), torch.arange(ids.shape[1]).expand(ids.shape) < 2))
+    got = {}
+    for longest in (3, 48):
+        train.train(train.prepare(train.Options(steps=1, prompts_per_step=2, group_size=2, max_new_tokens=longest,
+                                                eval_prompts=str(few[1]), output_dir=str(tmp_path / f"{longest}"))))
+        got[longest] = rows(tmp_path / f"{longest}/metrics.jsonl")[1]
+    assert (got[3]["truncated"], got[48]["truncated"]) == (1, 0) and got[3]["flat"] == got[48]["flat"] == 1
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_too(tmp_path, few):
+    def patch():
+        real, calls = grpo.grpo_loss, []
+
+        def wrapper(*args, **kwargs):
+            calls.append(0)
+            loss, stats = real(*args, **kwargs)
+            if len(calls) == 2:
+                loss.register_hook(lambda g: g * float("inf"))
+            return loss, stats
+        grpo.grpo_loss = wrapper
+    status, _, err = fork([*TINY, *few, "--output_dir", tmp_path / "run"], tmp_path, patch)
+    assert status == 0 and [r["skipped"] for r in rows(tmp_path / "run/metrics.jsonl")[1:]] == [0, 1, 0, 0, 0, 0], err

@@ -275,7 +275,7 @@ def grpo_loss(logp: torch.Tensor, old_logp: torch.Tensor, ref_logp, advantages: 
         rho = exp(logp - old_logp)        KL = exp(ref - logp) - (ref - logp) - 1      (k3: Schulman, "Approximating KL divergence", 2020)
 
     mask: true on every response token, the stop included; |y_i| is its sum. A masked reward is an advantage of 0, nothing else.
-    old_logp and ref_logp are constants. responses: responses in the whole optimiser step (default B), so that the sum over micro-batches is the loss of the whole.
+    old_logp and ref_logp are constants. responses: those of the whole optimiser step (default B), so that the losses of micro-batches add up.
     stats (detached, add up over micro-batches like the loss): loss, kl (to the reference), approx_kl (to the old policy), clipfrac.
 
     On-policy with one centred advantage per response the loss *value* is beta KL, and its gradient is not 0. Example: a response of two

@@ -259,21 +259,21 @@ def test_checkpointing_does_not_switch_dropout_on(tmp_path):
     assert torch.equal(a, b)
 
 
-def not_finite(first, last):
-    """A patch: the loss is NaN in the steps first..last."""
+def not_finite(bad):
+    """A patch: the loss is NaN at the calls n = 1, 2, ... for which bad(n)."""
     def patch():
         real, calls = grpo.grpo_loss, []
 
         def wrapper(*args, **kwargs):
             calls.append(0)
             loss, stats = real(*args, **kwargs)
-            return (loss * float("nan"), stats | {"loss": loss.detach() * float("nan")}) if first <= len(calls) <= last else (loss, stats)
+            return (loss * float("nan"), stats | {"loss": loss.detach() * float("nan")}) if bad(len(calls)) else (loss, stats)
         grpo.grpo_loss = wrapper
     return patch
 
 
 def test_an_update_that_is_not_finite_is_skipped(tmp_path, few):
-    status, out, err = fork([*TINY, *few, "--output_dir", tmp_path / "run"], tmp_path, not_finite(2, 3))
+    status, out, err = fork([*TINY, *few, "--output_dir", tmp_path / "run"], tmp_path, not_finite(lambda n: n in (2, 3)))
     assert status == 0, err
     metrics = rows(tmp_path / "run/metrics.jsonl")[1:]
     assert [r["skipped"] for r in metrics] == [0, 1, 1, 0, 0, 0] and metrics[1]["loss"] is None and "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
@@ -283,7 +283,7 @@ def test_an_update_that_is_not_finite_is_skipped(tmp_path, few):
 
 def test_ten_in_a_row_end_the_run(tmp_path, few):
     run = tmp_path / "run"
-    status, out, err = fork([*TINY, *few, "--steps", 40, "--output_dir", run], tmp_path, not_finite(3, 99))
+    status, out, err = fork([*TINY, *few, "--steps", 40, "--output_dir", run], tmp_path, not_finite(lambda n: n >= 3))
     assert status == 1 and "ten updates in a row" in err and "Traceback" not in err
     assert rows(run / "metrics.jsonl")[-1]["step"] == 12
     reached, _, error = fork([*TINY, *few, "--steps", 40, "--output_dir", tmp_path / "other"], tmp_path, kill_at(grpo, "sample", 3))
@@ -477,22 +477,14 @@ def test_a_finished_run_says_that_it_is_or_goes_on(tmp_path, few):
 
 def test_skipped_in_a_row_survives_a_kill(tmp_path, few):
     def patch():
-        not_finite(1, 99)(), kill_at(grpo, "sample", 9)()
+        not_finite(lambda n: True)(), kill_at(grpo, "sample", 9)()
     assert fork([*TINY, *few, "--steps", 40, "--output_dir", tmp_path / "run"], tmp_path, patch)[0] == -signal.SIGKILL
-    status, _, err = fork(["--resume", "--output_dir", tmp_path / "run"], tmp_path, not_finite(1, 99))
+    status, _, err = fork(["--resume", "--output_dir", tmp_path / "run"], tmp_path, not_finite(lambda n: True))
     assert status == 1 and rows(tmp_path / "run/metrics.jsonl")[-1]["step"] == 10
 
 
 def test_skips_that_are_not_in_a_row_do_not_end_the_run(tmp_path, few):
-    def patch():
-        real, calls = grpo.grpo_loss, []
-
-        def wrapper(*args, **kwargs):
-            calls.append(0)
-            loss, stats = real(*args, **kwargs)
-            return (loss * float("nan") if len(calls) % 2 else loss), (stats | {"loss": loss.detach() * float("nan")} if len(calls) % 2 else stats)
-        grpo.grpo_loss = wrapper
-    status, _, err = fork([*TINY, *few, "--steps", 24, "--output_dir", tmp_path / "run"], tmp_path, patch)
+    status, _, err = fork([*TINY, *few, "--steps", 24, "--output_dir", tmp_path / "run"], tmp_path, not_finite(lambda n: n % 2 == 1))
     assert status == 0 and json.loads((tmp_path / "run/summary.json").read_text())["skipped"] == 12, err
 
 

@@ -113,7 +113,7 @@ def corpus(n: int = 4000) -> list:
 
 
 def generator_tokenizer(fragment: bool):
-    """Byte-level BPE as in Qwen2: whole words, unless `fragment`, then about 240 merges and most values in pieces."""
+    """Byte-level BPE as in Qwen2: whole words, unless `fragment`: 121 merges, and most values in pieces."""
     tok = Tokenizer(models.BPE())
     split = r"""[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from align import align, spans_from_ids, spans_from_text, special_ids, visible
-from grpo import chat_ids, end_of_turn, token_logprobs, without_stop
+from grpo import batches, chat_ids, end_of_turn, token_logprobs, without_stop
 
 
 def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: list, ids: torch.Tensor, lengths: torch.Tensor, *,
@@ -99,20 +99,17 @@ def verifier_logprobs(verifier, tokenizer, prompts: list, texts: list, stopped=N
             before = cut_prompt(tokenizer, prompt, context - len(answer))
         keys.append((tuple(before), tuple(answer)))
     scores = {}
-    batch = []
     unique = sorted({k for k in keys if k[1]}, key=lambda k: (len(k[0]) + len(k[1]), k))
-    for i, key in enumerate(unique):
-        batch.append(key)
-        if i + 1 == len(unique) or (len(batch) + 1) * (len(unique[i + 1][0]) + len(unique[i + 1][1])) > batch_tokens:
-            T = max(len(answer) for _, answer in batch)
-            ids = torch.tensor([list(answer) + [0] * (T - len(answer)) for _, answer in batch], device=verifier.device)
-            with torch.no_grad():
-                logp = token_logprobs(verifier, [list(before) for before, _ in batch], ids,
-                                      torch.tensor([len(answer) for _, answer in batch], device=verifier.device)).double().cpu().numpy()
-            if not np.isfinite(logp).all():
-                raise FloatingPointError("the verifier's log-probabilities are not finite: does it work in this precision?")
-            scores.update({k: row[:len(k[1])] for k, row in zip(batch, logp)})
-            batch = []
+    for part in batches([len(before) + len(answer) for before, answer in unique], batch_tokens):
+        batch = [unique[i] for i in part]
+        T = max(len(answer) for _, answer in batch)
+        ids = torch.tensor([list(answer) + [0] * (T - len(answer)) for _, answer in batch], device=verifier.device)
+        with torch.no_grad():
+            logp = token_logprobs(verifier, [list(before) for before, _ in batch], ids,
+                                  torch.tensor([len(answer) for _, answer in batch], device=verifier.device)).double().cpu().numpy()
+        if not np.isfinite(logp).all():
+            raise FloatingPointError("the verifier's log-probabilities are not finite: does it work in this precision?")
+        scores.update({k: row[:len(k[1])] for k, row in zip(batch, logp)})
     rows = []
     for key, (ids, spans), ended in zip(keys, responses, stopped):
         logp = scores.get(key, np.zeros(0))

@@ -1,6 +1,7 @@
 """What train.py needs to know how well it does: prompts, scores, and files that are written whole or not at all.
 
     facts   share of facts whose right value is stated and none of whose wrong ones is (never seen by training)
+    accuracy  share of final answers that are the right one
     valid   share of responses that match their row's `pattern` in full and ended by their stop token
 """
 import fcntl
@@ -14,6 +15,7 @@ from collections import Counter
 import torch
 
 from align import spans_from_ids
+from cat import boxed_answer, same_answer
 from grpo import chat_ids, sample, without_stop
 
 FIELDS = ("prompt", "instruction", "problem")  # under which names a prompt may stand in a row
@@ -58,21 +60,23 @@ def lock(folder: str):
     return held
 
 
-def checkpoints(folder: str) -> list:
+def checkpoints(folder: str, name: str = "checkpoint") -> list:
     """The whole checkpoints of a run, oldest first."""
-    return sorted(p for p in glob.glob(os.path.join(glob.escape(folder), "checkpoint-*")) if p.rsplit("-", 1)[1].isdigit())
+    return sorted(p for p in glob.glob(os.path.join(glob.escape(folder), f"{name}-*")) if p.rsplit("-", 1)[1].isdigit())
 
 
-def save_checkpoint(folder: str, step: int, model, tokenizer, state: dict) -> str:
-    """folder/checkpoint-STEP: model and tokenizer in Hugging Face format, and state.pt. Whole or not at all; then older ones go."""
-    final = os.path.join(folder, f"checkpoint-{step:06d}")
+def save_checkpoint(folder: str, step: int, model, tokenizer, state: dict, name: str = "checkpoint") -> str:
+    """folder/NAME-STEP: model and tokenizer in Hugging Face format, and state.pt. Whole or not at all; then others of that name go."""
+    final = os.path.join(folder, f"{name}-{step:06d}")
+    shutil.rmtree(final, ignore_errors=True)
     shutil.rmtree(final + ".tmp", ignore_errors=True)
     model.save_pretrained(final + ".tmp")
     tokenizer.save_pretrained(final + ".tmp")
     torch.save(state, os.path.join(final + ".tmp", "state.pt"))
     os.rename(final + ".tmp", final)
-    for older in checkpoints(folder)[:-1]:
-        shutil.rmtree(older, ignore_errors=True)
+    for other in checkpoints(folder, name):
+        if other != final:
+            shutil.rmtree(other, ignore_errors=True)
     return final
 
 
@@ -80,7 +84,8 @@ def read_prompts(path: str) -> list:
     """Prompts from a local .jsonl (one object or string per line), .json (a list of them) or .txt (one prompt per line, empty lines left out).
 
     -> list of dicts with `prompt` (str, or a list of {"role", "content"} messages) and `where` ("file:line"), and, for evaluation,
-    `facts` (a list of {"right": str, "wrong": [str, ...], "kind": str, optional}) and `pattern` (a regular expression).
+    `facts` (a list of {"right": str, "wrong": [str, ...], "kind": str, optional}), `pattern` (a regular expression), `answer` (str, the final
+    answer that belongs in \\boxed{}), `kind` (of the answer; str) and `rubrics` (a list of {"criterion": str, "points": number}).
     The prompt may also stand under `instruction` or `problem`. Raises ValueError naming file and line.
     """
     try:
@@ -115,7 +120,7 @@ def parse_json(where: str, text: str):
 
 
 def check_row(where: str, row) -> dict:
-    """One prompt row, checked -> dict(prompt, where, facts, pattern). Raises ValueError saying what is wrong where."""
+    """One prompt row, checked -> dict(prompt, where, facts, pattern, answer, kind, rubrics). Raises ValueError saying what is wrong where."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: expected an object or a string, found {json.dumps(row)[:40]}")
     prompt = next((row[f] for f in FIELDS if f in row), None)
@@ -137,7 +142,14 @@ def check_row(where: str, row) -> dict:
         re.compile(pattern or "")
     except (re.error, TypeError) as e:
         raise ValueError(f"{where}: `pattern` is not a regular expression ({e})") from None
-    return {"prompt": prompt, "where": where, "facts": facts, "pattern": pattern}
+    answer, kind, rubrics = row.get("answer"), row.get("kind"), row.get("rubrics") or []
+    answer = str(answer) if isinstance(answer, str) or type(answer) in (int, float) else None                # other people's fields may be anything
+    kind = kind if isinstance(kind, str) else None
+    if not isinstance(rubrics, list) or not all(isinstance(r, dict) and isinstance(r.get("criterion"), str) and type(r.get("points")) in (int, float)
+                                                and abs(r["points"]) < 1e9 and r["criterion"].encode(errors="replace").decode() == r["criterion"]
+                                                and r["criterion"].strip() for r in rubrics):
+        raise ValueError(f"{where}: `rubrics` must be a list of {{\"criterion\": string, \"points\": number}}")
+    return {"prompt": prompt, "where": where, "facts": facts, "pattern": pattern, "answer": answer, "kind": kind, "rubrics": rubrics}
 
 
 # ---------------------------------------------------------------- scores
@@ -159,7 +171,8 @@ def wording(text: str, row: dict) -> str:
 
 
 def score(rows: list, texts: list, stopped: list) -> dict:
-    """Scores of one response per row -> dict of means: facts, facts_<kind>, valid (each only if the rows carry them), stopped, wording.
+    """Scores of one response per row -> dict of means: facts, facts_<kind>, accuracy,
+    accuracy_<kind> (of final answers), valid (each only if the rows carry them), stopped, wording.
 
     wording = share of the most frequent wording. stopped: one bool per row, whether the response ended by its stop token.
     """
@@ -168,6 +181,10 @@ def score(rows: list, texts: list, stopped: list) -> dict:
     scores = {"facts": [r for _, r in right]}
     for kind in sorted({k for k, _ in right if k}):
         scores[f"facts_{kind}"] = [r for k, r in right if k == kind]
+    solved = [(row.get("kind"), same_answer(boxed_answer(text), row["answer"])) for row, text in zip(rows, texts) if row.get("answer") is not None]
+    scores["accuracy"] = [right for _, right in solved]
+    for kind in sorted({k for k, _ in solved if k}):
+        scores[f"accuracy_{kind}"] = [right for k, right in solved if k == kind]
     scores |= {"valid": valid, "stopped": list(stopped)}
     top = Counter(wording(text, row) for row, text in zip(rows, texts)).most_common(1)[0][1]
     return {name: sum(values) / len(values) for name, values in scores.items() if values} | {"wording": top / len(texts)}

@@ -48,10 +48,26 @@ def load_tokenizer(path: str):
     return AutoTokenizer.from_pretrained(path)
 
 
+def load(what: str, path: str, device, train: bool = False):
+    """`load_model` and `load_tokenizer`, their many errors made one: ValueError in one line that starts with `what`."""
+    import logging
+
+    from transformers.utils import logging as model_logging
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)               # its retries, and these warnings, say no more than our line
+    model_logging.set_verbosity_error()
+    model_logging.disable_progress_bar()
+    try:
+        return load_model(path, train=train, device=device), load_tokenizer(path)
+    except Exception as e:                                                     # broken JSON, broken weights, no network, unknown architectures ...
+        raise ValueError(f"{what} {path}: cannot be loaded, {(str(e).strip().splitlines() or [type(e).__name__])[0][:300]} "
+                         f"(it must be a folder with a model, or the name of one on the hub and a network)") from None
+
+
 def chat_ids(tokenizer, prompt) -> list:
     """Ids of a prompt (a str, or a list of {"role", "content"} messages) up to where the assistant's answer starts.
 
-    The tokenizer's chat template in one call (rendering to text and encoding that would double the BOS). A base model's tokenizer
+    The tokenizer's chat template in one call (rendering to text and encoding that would double the BOS); where it knows of thinking, as
+    Qwen3's does, without: a thought is no part of an answer. A base model's tokenizer
     has none: then PLAIN_TEMPLATE for each message and "Assistant:" on a line of its own, after one BOS if the tokenizer has one.
     Raises ValueError if the template refuses the messages (some know no system role).
     """
@@ -59,7 +75,8 @@ def chat_ids(tokenizer, prompt) -> list:
     if tokenizer.chat_template:
         from jinja2 import TemplateError
         try:
-            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False))
+            return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False,
+                                                      enable_thinking=False))
         except TemplateError as e:
             raise ValueError(f"the chat template of {tokenizer.name_or_path} refuses the prompt: {e}") from e
     text = "".join(PLAIN_TEMPLATE.format(role=m["role"].capitalize(), content=m["content"]) for m in messages) + "Assistant:\n"
@@ -92,6 +109,20 @@ def find_stop_ids(model, tokenizer) -> list:
 
 
 # ---------------------------------------------------------------- logits, sampling, log-probabilities
+
+def batches(sizes: list, budget: int) -> list:
+    """Numbers of the items in each batch: items of like size together, at most `budget` tokens with padding, but at least one item.
+
+    Example: sizes (5, 2, 9, 2), budget 6 -> [[1, 3], [0], [2]].
+    """
+    parts = []
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
+        if parts and (len(parts[-1]) + 1) * sizes[i] <= budget:
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return parts
+
 
 def model_logits(model, hidden: torch.Tensor) -> torch.Tensor:
     """[..., D] last hidden states -> [..., V] float32 logits, as the model's own forward makes them.

@@ -78,7 +78,7 @@ def texts_and_alignment(run):
 
 
 def toy_step(run):
-    asked = train.prompts_of_step(run.prompts, 16, 0, 0)
+    asked = [row["prompt"] for row in train.prompts_of_step(run.rows, 16, 0, 0)]
     prompt_ids = [grpo.chat_ids(run.tokenizer, p) for p in asked]
     ids, lengths = grpo.sample(run.policy, prompt_ids, 8, max_new_tokens=48, stop_ids=run.stop_ids, generator=torch.Generator().manual_seed(0))
     rows, prompts = [p for p in prompt_ids for _ in range(8)], [p for p in asked for _ in range(8)]

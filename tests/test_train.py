@@ -221,10 +221,11 @@ def run_in_process():
 def step_of(run, **options):
     """One update of a fresh policy with these options -> (gradient, statistics)."""
     run.options = train.dataclasses.replace(run.options, **options)
-    ids_of_prompts = [grpo.chat_ids(run.tokenizer, p) for p in run.prompts[:2]]
+    ids_of_prompts = [grpo.chat_ids(run.tokenizer, row["prompt"]) for row in run.rows[:2]]
     ids, lengths = grpo.sample(run.policy, ids_of_prompts, 3, max_new_tokens=24, stop_ids=run.stop_ids, generator=torch.Generator().manual_seed(0))
-    prompts, prompt_ids = ([p for p in ps for _ in range(3)] for ps in (run.prompts[:2], ids_of_prompts))
-    *_, advantages = train.rewards_and_advantages(run, prompts, ids, lengths)
+    prompt_ids = [p for p in ids_of_prompts for _ in range(3)]
+    rewards, counted, _ = train.step_rewards(run, run.rows[:2], ids, lengths)
+    advantages = grpo.position_advantages(rewards, counted, 3)
     stats = train.update(run, torch.optim.SGD(run.policy.parameters(), lr=0.0), prompt_ids, ids, lengths, advantages, {})
     return [p.grad.clone() for p in run.policy.parameters()], stats
 
@@ -446,7 +447,7 @@ def test_options_reach_their_functions(tmp_path, few, monkeypatch):
     assert all(sub("grpo_loss", beta=0.5, clip_low=0.1, clip_high=0.3, responses=4))
     assert all(sub("token_rewards", credit="word", score_stop=True, stop_ids=run.stop_ids)) and all(sub("position_advantages", scale=False))
     assert all(args[1] == 0.5 for args, _ in calls["clip_grad_norm_"])
-    asked = train.prompts_of_step(run.prompts, 2, 7, 0)
+    asked = [row["prompt"] for row in train.prompts_of_step(run.rows, 2, 7, 0)]
     assert calls["token_rewards"][0][0][3] == [asked[0], asked[0], asked[1], asked[1]]                       # rows of a group adjacent, as sample makes them
 
 

@@ -17,6 +17,10 @@ three skeletons, so that very many answers are right and yet every fact can be c
     python toy/make.py --output runs/half --knows 0.5    # a verifier that knows half of the facts
     python toy/make.py --output runs/cut --fragment      # a generator that spells the values in pieces
 
+toy/cat, one tiny model that plays policy, anchor and judge of the other paper, is described in skills.py:
+
+    python toy/make.py --parts cat                       # about an hour on one core
+
 The same command on the same machine and versions gives the same bytes.
 """
 import argparse
@@ -28,11 +32,12 @@ import sys
 import time
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts, one folder up
-from grpo import chat_ids, end_of_turn  # noqa: E402
+from cat import LocalModel  # noqa: E402
+from grpo import chat_ids, end_of_turn, load  # noqa: E402
 
 NAMES = """Ada Amir Anna Ben Carl Chen Clara Dana Diego Elsa Emil Eva Felix Finn Greta Hana Hugo Ida Igor Iris Ivan Jana Jonas
 Juan Karl Kira Lars Lena Leo Lina Luca Mara Marco Mia Milo Nadia Nina Noah Olga Oscar Paul Rosa Sara Tara Theo Vera Viktor Zoe""".split()
@@ -126,6 +131,32 @@ def generator_tokenizer(fragment: bool):
                                    additional_special_tokens=["<|im_start|>"], chat_template=CHATML, model_max_length=256)
 
 
+def skilled_tokenizer():
+    """As the generator's, for toy/cat: tags, and each fixed paragraph of cat.py's prompts, are one token, so that a tiny model need not read them."""
+    import skills
+
+    import cat
+    rng, world = random.Random(1), skills.make_sources()
+    text = [piece for draw in skills.PHASES[0][1] for _ in range(600) for text, _ in draw(rng, world) for piece in text.split("<|im_end|>")]
+    text += [skills.STATEMENTS[a].format(value) for a, values in (VALUES | {"name": NAMES}).items() for value in values] * 9
+    whole = [*cat.SYNTHESIS.values(), cat.BEST, cat.ANOTHER, *cat.RUBRIC.values(), cat.JUDGE, cat.MATCH]
+    whole += [edge for tag in ("response", "reference", "question", "criterion") for edge in cat.block(tag, "|").split("|")]
+    whole += [cat.block("response", "|", i).split("|")[0] for i in range(1, 9)] + ["<rubric>", "</rubric>", "<criterion>", "</criterion>"]
+    text = [t for t in text if not any(w in t for w in whole + ["<|"])]        # words of the prompts are no words of this world
+    tok = Tokenizer(models.BPE())
+    split = r"""[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"),
+                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tok.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tok.train_from_iterator(text + ["user\n", "assistant\n", "yes", "no"] * 1000, trainers.BpeTrainer(
+        vocab_size=4000, special_tokens=special, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    numbers = [n for n in skills.NUMBERS if len(n) > 1]                        # in the vocabulary already, but Qwen2's own class would cut them in two
+    tok.add_tokens([AddedToken(w, normalized=False, special=False) for w in whole + numbers])
+    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                   additional_special_tokens=["<|im_start|>"], chat_template=CHATML, model_max_length=1024)
+
+
 def verifier_tokenizer(size: int = 516):
     """SentencePiece-like BPE as in Gemma: spaces are ▁, no dummy prefix, unknown characters fall back to bytes."""
     special = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
@@ -154,6 +185,13 @@ def qwen2(tokenizer):
         max_position_embeddings=256, tie_word_embeddings=True, bos_token_id=None, eos_token_id=stop, pad_token_id=pad))
 
 
+def skilled(tokenizer):
+    stop, pad = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    return Qwen2ForCausalLM(Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=1024, tie_word_embeddings=True, bos_token_id=None, eos_token_id=stop, pad_token_id=pad, initializer_range=0.07))
+
+
 def gemma3(tokenizer):
     return Gemma3ForCausalLM(Gemma3TextConfig(
         vocab_size=len(tokenizer), hidden_size=128, intermediate_size=384, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32,
@@ -161,22 +199,12 @@ def gemma3(tokenizer):
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.convert_tokens_to_ids("<end_of_turn>"), pad_token_id=tokenizer.pad_token_id))
 
 
-def pretrain(model, tokenizer, draw, *, steps: int, path: str, seed: int, save_every: int, batch: int = 64, lr: float = 3e-3):
-    """Cross-entropy on the responses (their end of turn included) that `draw(rng) -> (prompt, response)` makes up.
+def responses_loss(model, tokenizer, draw, batch: int = 64):
+    """(rng, step) -> cross-entropy on `batch` responses, their end of turn included, that `draw(rng) -> (prompt, response)` makes up."""
+    stop, prompts = end_of_turn(tokenizer), {}
 
-    AdamW, cosine to zero after 50 warm-up steps. A checkpoint every `save_every` steps; a stopped run continues from it.
-    """
-    checkpoint, stop, prompts = path + ".checkpoint.pt", end_of_turn(tokenizer), {}
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.95))
-    start = 0
-    if os.path.exists(checkpoint):
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
-        start = state["step"]
-    began = time.time()
-    model.train()
-    for step in range(start, steps):
-        rng, rows = random.Random(f"{seed} {step}"), []
+    def loss(rng, step):
+        rows = []
         for _ in range(batch):
             prompt, response = draw(rng)
             if prompt not in prompts:
@@ -189,9 +217,58 @@ def pretrain(model, tokenizer, draw, *, steps: int, path: str, seed: int, save_e
             ids[i, :len(p) + len(r)] = torch.tensor(p + r)
             labels[i, len(p):len(p) + len(r)] = torch.tensor(r)
         logits = model(input_ids=ids).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    return loss
+
+
+def skills_loss(model, tokenizer, world: dict):
+    """(rng, step) -> the weighted mean over the skills of toy/skills.py, each the weighted mean cross-entropy of its examples. bf16 autocast."""
+    import skills
+    known = {}
+
+    def encode(text):
+        if text not in known and len(known) < 100_000:
+            known[text] = tokenizer(text, add_special_tokens=False).input_ids
+        return known.get(text) or tokenizer(text, add_special_tokens=False).input_ids
+
+    def loss(rng, step):
+        mix = next(mix for until, mix in skills.PHASES if step < until)
+        rows = []                                                              # of (id, weight of its loss)
+        for draw, (number, weight) in mix.items():
+            drawn = [[(i, w) for text, w in draw(rng, world) for i in encode(text)] for _ in range(number)]
+            total = sum(w for row in drawn for _, w in row)
+            rows += [[(i, weight * w / total) for i, w in row] for row in drawn]
+        rows.sort(key=len)
+        losses = []
+        for part in (rows[i:i + 24] for i in range(0, len(rows), 24)):         # of like length
+            length = max(map(len, part))
+            ids, weights = (torch.tensor([[pair[k] for pair in row] + [0] * (length - len(row)) for row in part]) for k in (0, 1))   # [B, L]
+            b, t = (weights[:, 1:] > 0).nonzero(as_tuple=True)
+            with torch.autocast("cpu", torch.bfloat16):
+                hidden = model.model(input_ids=ids).last_hidden_state[b, t]    # [K, D]: the state before a token predicts it
+                logits = model.lm_head(hidden).float()
+            losses.append((torch.nn.functional.cross_entropy(logits, ids[b, t + 1], reduction="none") * weights[b, t + 1]).sum())
+        return sum(losses) / sum(weight for _, weight in mix.values())
+    return loss
+
+
+def pretrain(model, tokenizer, loss_of, *, steps: int, path: str, seed: int, save_every: int, rate=None):
+    """Minimises loss_of(rng, step). AdamW at rate(step), or cosine to zero after 50 warm-up steps. A checkpoint every `save_every` steps; a stopped
+    run continues from it."""
+    lr = 3e-3
+    checkpoint = path + ".checkpoint.pt"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.95))
+    start = 0
+    if os.path.exists(checkpoint):
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"]), optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    began = time.time()
+    model.train()
+    for step in range(start, steps):
+        loss = loss_of(random.Random(f"{seed} {step}"), step)
         for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+            group["lr"] = rate(step) if rate else lr * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -206,18 +283,24 @@ def pretrain(model, tokenizer, draw, *, steps: int, path: str, seed: int, save_e
         os.remove(checkpoint)
 
 
+def write_rows(path: str, rows: list):
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--output", default=os.path.join(os.path.dirname(os.path.abspath(__file__)), "cme"), help="folder to make")
-    parser.add_argument("--parts", default="data,generator,verifier", help="which of data, generator, verifier to make")
-    parser.add_argument("--steps", type=int, default=1500, help="pretraining steps for each model")
+    parser.add_argument("--output", default="", help="folder to make; empty: toy/cme, or with --parts cat toy/cat")
+    parser.add_argument("--parts", default="data,generator,verifier", help="which of data, generator, verifier to make, or cat: all of toy/cat")
+    parser.add_argument("--steps", type=int, default=0, help="pretraining steps for each model")
     parser.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--knows", type=float, default=1.0, help="share of the facts that the verifier knows; it sees random values for the others")
     parser.add_argument("--fragment", action="store_true", help="a generator whose tokenizer spells the values in pieces")
     args = parser.parse_args()
     parts = args.parts.split(",")
-    if set(parts) - {"data", "generator", "verifier"}:
-        parser.error(f"--parts {args.parts}: any of data,generator,verifier")
+    if set(parts) - {"data", "generator", "verifier"} and parts != ["cat"]:
+        parser.error(f"--parts {args.parts}: any of data,generator,verifier, or cat")
+    args.output = args.output or os.path.join(os.path.dirname(os.path.abspath(__file__)), "cat" if parts == ["cat"] else "cme")
     torch.set_num_threads(1)
     os.makedirs(args.output, exist_ok=True)
     world, phrasings = make_world(), RL_PHRASINGS + HELD_OUT_PHRASINGS
@@ -236,13 +319,30 @@ def main():
     if "data" in parts:
         for file, rows in [("prompts.jsonl", [{"prompt": p.format(name)} for p in RL_PHRASINGS for name in NAMES]),
                            ("eval.jsonl", [eval_row(world, name, p) for p in HELD_OUT_PHRASINGS for name in NAMES])]:
-            with open(os.path.join(args.output, file), "w", encoding="utf-8") as f:
-                f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    for part, tokenizer, build, draw, seed in [("generator", generator_tokenizer(args.fragment), qwen2, noisy, 3),
-                                               ("verifier", verifier_tokenizer(), gemma3, clean, 4)]:
+            write_rows(os.path.join(args.output, file), rows)
+    for part, make_tokenizer, build, draw, seed in [("generator", lambda: generator_tokenizer(args.fragment), qwen2, noisy, 3),
+                                                    ("verifier", verifier_tokenizer, gemma3, clean, 4)]:
         if part in parts:
+            tokenizer = make_tokenizer()
             torch.manual_seed(seed)
-            pretrain(build(tokenizer), tokenizer, draw, steps=args.steps, path=os.path.join(args.output, part), seed=seed, save_every=args.save_every)
+            model = build(tokenizer)
+            pretrain(model, tokenizer, responses_loss(model, tokenizer, draw), steps=args.steps or 1500, path=os.path.join(args.output, part), seed=seed,
+                     save_every=args.save_every)
+    if "cat" in parts:
+        import skills
+        world = skills.make_sources()
+        for file, rows in skills.prompt_files(world).items():
+            write_rows(os.path.join(args.output, file), rows)
+        tokenizer = skilled_tokenizer()
+        torch.manual_seed(6)
+        model = skilled(tokenizer)
+        model.set_attn_implementation("eager")                                 # the fastest here
+        path = os.path.join(args.output, "model")
+        pretrain(model, tokenizer, skills_loss(model, tokenizer, world), steps=args.steps or 3600, path=path, seed=6, save_every=args.save_every,
+                 rate=skills.rate)
+        measured = skills.measure(LocalModel(*load("toy", path, "cpu"), generator=torch.Generator().manual_seed(0)))
+        with open(os.path.join(args.output, "skills.json"), "w", encoding="utf-8") as f:
+            f.write(json.dumps(measured, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,194 @@
+"""train.py --reward cat and its kin, on the toy: every option, killed runs, whole stories, weak judges, bad input."""
+import json
+
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+import cat
+import grpo
+import train
+from test_train import TINY, bf16, fork, kill_at, rows, weights
+
+ROOT = Path(__file__).parent.parent
+CAT = [*TINY, "--max_new_tokens", 40, "--lr", 3e-4]
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("few")
+    for name in ("eval.jsonl", "numbers_eval.jsonl"):
+        (folder / name).write_text("".join((ROOT / "toy/cat" / name).read_text().splitlines(True)[:4]))
+    return folder
+
+
+def run(tmp_path, few, *arguments, patch=lambda: None):
+    twin = "numbers_eval.jsonl" if "cat-answer" in arguments else "eval.jsonl"
+    return fork(["--reward", "cat", *CAT, "--eval_prompts", few / twin, "--output_dir", tmp_path / "run", *arguments], tmp_path, patch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, few):
+    folder = tmp_path_factory.mktemp("whole")
+    status, out, err = run(folder, few)
+    assert status == 0, err
+    return folder / "run", out
+
+
+def test_the_whole_story_is_kept(whole):
+    folder, out = whole
+    stories = rows(folder / "samples.jsonl")
+    assert [s["step"] for s in stories] == [1, 3, 5]
+    for s in stories:
+        assert len(s["rollouts"]) == 3 == len(s["rewards"]) == len(s["verdicts"]) and isinstance(s["reference"], str)
+        for verdicts, reward in zip(s["verdicts"], s["rewards"]):
+            assert len(verdicts) == len(s["rubric"]) and all(v in (True, False, None) for v in verdicts)
+            assert reward == pytest.approx(sum(v for v in verdicts if v is not None) / sum(v is not None for v in verdicts)) if any(
+                v is not None for v in verdicts) else reward is None
+        assert s["reference"] in out and (not s["rubric"] or s["rubric"][0] in out)
+    skills = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["skills"]
+    assert {"single: facts", "synthesis: facts", "rubrics read", "judge: true", "judge: false"} <= set(skills)
+    assert "anchor: single: facts" in out and min(skills["judge: true"], skills["judge: false"]) > 0.9
+    summary = json.loads((folder / "summary.json").read_text())
+    assert {"facts", "facts_hazy", "sampled_facts", "valid"} <= set(summary["after"])
+
+
+@pytest.mark.parametrize("where", [kill_at(cat, "judge_skill", 1), kill_at(cat, "synthesize", 3), kill_at(cat, "judge_rubrics", 6), kill_at(torch, "save", 2)],
+                         ids=["skills", "synthesis", "verdicts", "checkpoint"])
+def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path, whole, few, where):
+    status, _, err = run(tmp_path, few, patch=where)
+    assert status == -signal.SIGKILL, err
+    status, out, err = fork(["--resume", "--output_dir", tmp_path / "run"], tmp_path)
+    assert status == 0, err
+    assert weights(tmp_path / "run") == weights(whole[0])
+    assert rows(tmp_path / "run/metrics.jsonl") == rows(whole[0] / "metrics.jsonl") and rows(tmp_path / "run/samples.jsonl") == rows(whole[0] / "samples.jsonl")
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--reward", "cat-answer"], ["--reward", "cat-answer", "--estimator", "majority"], ["--reward", "cat-match"], ["--reward", "rubric-given"],
+    ["--estimator", "best-of-n", "--group_size", 8], ["--estimator", "min-perplexity"], ["--estimator", "mutual-predictability"], ["--estimator", "single"],
+    ["--estimator", "cme"],
+    ["--rubric_from", "question"], ["--question_in_synthesis", "--rollouts_in_context", 2], ["--kl_in", "reward", "--beta", 0.1],
+    ["--length_penalty_after", 20, "--beta", 0], ["--updates_per_rollout", 2, "--judge", "toy/cat/model", "--anchor", "toy/cat/model"],
+    ["--reward", "cme-sequence", "--generator", "toy/cat/model", "--length_penalty_after", 20, "--kl_in", "reward"]], ids=lambda a: " ".join(map(str, a)))
+def test_options_run(tmp_path, few, arguments):
+    status, out, err = run(tmp_path, few, *arguments, "--steps", 2)
+    assert status == 0, err
+    metrics = rows(tmp_path / "run/metrics.jsonl")
+    assert all(r["skipped"] == 0 and r["missing"] < 1 for r in metrics[1:]) and any(r["grad_norm"] > 0 for r in metrics[1:])
+    if "cat-answer" in arguments:
+        assert "accuracy" in metrics[-1]["held_out"] and "sampled_accuracy" in out
+
+
+def test_mixed_precision_runs(tmp_path, few):
+    status, out, err = run(tmp_path, few, "--steps", 2, patch=bf16)
+    assert status == 0, err
+    assert all(r["skipped"] == 0 and r["missing"] < 0.5 for r in rows(tmp_path / "run/metrics.jsonl")[1:])
+
+
+@pytest.fixture(scope="module")
+def prepared(few):
+    return train.prepare(train.Options(reward="cat", prompts_per_step=2, group_size=3, max_new_tokens=40, output_dir="unused",
+                                       eval_prompts=str(few / "eval.jsonl"), beta=0.1, kl_in="reward", micro_batch=4))
+
+
+def test_kl_in_the_reward_is_the_equation(prepared):
+    """R_i = r_i - beta sum_t (log pi_old - log pi_ref), against each row alone and the models' own logits."""
+    run = prepared
+    prompt_ids = [grpo.chat_ids(run.tokenizer, row["prompt"]) for row in run.rows[:2]]
+    ids, lengths = grpo.sample(run.policy, prompt_ids, 3, max_new_tokens=40, stop_ids=run.stop_ids, generator=torch.Generator().manual_seed(0))
+    prompt_ids = [p for p in prompt_ids for _ in range(3)]
+    with torch.no_grad():
+        for p in run.policy.parameters():
+            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+        got = train.with_kl(run, torch.arange(6.0), prompt_ids, ids, lengths)
+        for i, (p, y, n) in enumerate(zip(prompt_ids, ids.tolist(), lengths.tolist())):
+            kl = 0.0
+            for model, sign in ((run.policy, 1), (run.reference, -1)):
+                logp = model(input_ids=torch.tensor([p + y[:n]])).logits[0].log_softmax(-1)
+                kl += sign * sum(logp[len(p) + t - 1, y[t]].item() for t in range(n))
+            assert got[i].item() == pytest.approx(i - 0.1 * kl, abs=1e-3) and abs(kl) > 0.01
+
+
+def test_rubric_given_counts_points(tmp_path, few):
+    """Negative points too: whoever says the forbidden thing earns less."""
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"prompt": "Tell me about Mia.", "rubrics": [{"criterion": "It is about Mia.", "points": 2},
+                                                                                   {"criterion": "It is about Ben.", "points": -4}]}))
+    status, out, err = run(tmp_path, few, "--reward", "rubric-given", "--prompts", prompts, "--prompts_per_step", 1, "--steps", 1)
+    assert status == 0, err
+    story = rows(tmp_path / "run/samples.jsonl")[0]
+    assert story["reference"] is None and {r for r in story["rewards"]} <= {1.0, -1.0, 0.0, -2.0} and 1.0 in story["rewards"]
+
+
+def test_keep_best(tmp_path, few):
+    """The result is the model of the evaluation with the best score, although the run went on."""
+    scores = iter([0.1, 0.2, 0.9, 0.4])                                         # before, and after steps 2, 4, 6
+
+    def patch():
+        train.held_out = lambda *a, **k: {"facts": next(scores), "sampled_facts": 0.0}
+    status, out, err = run(tmp_path, few, "--keep", "best", "--eval_every", 2, patch=patch)
+    assert status == 0, err
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["model"].endswith("best-000004") and summary["after"]["facts"] == 0.9 and len(list((tmp_path / "run").glob("best-*"))) == 1
+    grpo.load_model(summary["model"], train=False, device="cpu")
+    assert weights(tmp_path / "run") != (Path(summary["model"]) / "model.safetensors").read_bytes()
+
+
+def test_a_weak_judge_is_warned_about(tmp_path, few):
+    model, tokenizer = grpo.load("toy", str(ROOT / "toy/cat/model"), "cpu")
+    for p in model.parameters():
+        p.data += 0.5 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) if p.dim() > 1 else 0
+    model.save_pretrained(tmp_path / "weak"), tokenizer.save_pretrained(tmp_path / "weak")
+    status, out, err = run(tmp_path, few, "--judge", tmp_path / "weak", "--steps", 1)
+    warned = [line for line in err.splitlines() if line.startswith("the judge is right on ")]
+    assert len(warned) == 1 and "stronger --judge" in warned[0], err
+
+
+def test_a_judge_that_cannot_be_read_is_refused(tmp_path, few):
+    status, out, err = run(tmp_path, few, patch=lambda: setattr(cat, "decide", lambda asks, model, **k: [None] * len(asks)))
+    lines = [line for line in err.splitlines() if line.startswith("train.py:")]
+    assert status == 2 and len(lines) == 1 and "verdicts" in lines[0]
+
+
+def test_missing_references_leave_groups_out(tmp_path, few):
+    """Half of the syntheses fail: their groups have no reward and no advantage, the others learn."""
+    real = cat.synthesize
+
+    def patch():
+        cat.synthesize = lambda *a, **k: [None if i % 2 else s for i, s in enumerate(real(*a, **k))]
+    status, out, err = run(tmp_path, few, "--steps", 2, patch=patch)
+    assert status == 0, err
+    assert all(0.5 <= r["missing"] < 1 for r in rows(tmp_path / "run/metrics.jsonl")[1:])
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--reward", "cme", "--kl_in", "reward"], "--kl_in reward"), (["--reward", "cme", "--length_penalty_after", 5], "--length_penalty_after"),
+    (["--keep", "best", "--eval_every", 0], "--keep best"), (["--keep", "best", "--eval_prompts", "plain.txt"], "--keep best"),
+    (["--reward", "rubric-given", "--prompts", "plain.txt"], "plain.txt:1"), (["--max_new_tokens", 300], "--max_new_tokens"),
+    (["--estimator", "magic"], "--estimator"),
+    (["--judge", "m@http://x y/"], "MODEL@URL"), (["--judge", "/no/such/judge"], "--judge /no/such/judge"),
+    (["--anchor", "/no/such/anchor"], "--anchor /no/such/anchor"),
+    (["--prompts", "rubrics.jsonl"], "rubrics.jsonl:1"), (["--prompts", "blank.jsonl"], "blank.jsonl:1"),
+    (["--estimator", "majority"], "boxed"), (["--judge", "m@http://127.0.0.1:9/v1"], "connection"),
+    (["--rollouts_in_context", -1], "--rollouts_in_context"),
+    (["--judge", "toy/cme/verifier"], "yes and no")])
+def test_bad_input_gets_one_line_and_status_2(tmp_path, few, arguments, said):
+    files = {"plain.txt": "Tell me about Mia.\n", "rubrics.jsonl": '{"prompt": "a", "rubrics": [{"criterion": "b", "points": "c"}]}\n',
+             "blank.jsonl": '{"prompt": "a", "rubrics": [{"criterion": " ", "points": 1}]}\n'}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    status, out, err = run(tmp_path, few, *[tmp_path / a if a in files else a for a in arguments])
+    lines = [line for line in err.splitlines() if line.startswith("train.py: ")]
+    assert status == 2 and len(lines) == 1 and said in lines[0] and "Traceback" not in err, err
+    shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+def test_defaults_that_depend_on_the_reward():
+    for reward, family in (("cme", "cme"), ("cme-sequence", "cme"), ("cat", "cat"), ("rubric-given", "cat")):
+        options = train.Options(reward=reward)
+        assert {"lr": options.lr, "steps": options.steps} == train.DEFAULTS[family]
+    assert train.Options(reward="cat", lr=1e-6, steps=7).lr == 1e-6 and train.Options(reward="cat", lr=1e-6, steps=7).steps == 7

@@ -35,7 +35,7 @@ from align import spans_from_ids
 from evaluate import append_line, checkpoints, held_out, lock, read_lines, read_prompts, response_texts, save_checkpoint, score, write_atomically
 
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
-DEFAULTS = {"cme": {"lr": 8e-4, "steps": 80}, "cat": {"lr": 3e-4, "steps": 60}}  # what suits the toy
+DEFAULTS = {"cme": {"lr": 8e-4, "steps": 80}, "cat": {"lr": 3e-4, "steps": 30}}  # what suits the toy
 
 
 def option(default, help):
@@ -65,7 +65,7 @@ class Options:
     eval_prompts: str = option("", "held-out prompts with `facts` and `pattern`; empty: the toy's, or none if --generator and --prompts are given")
     group_size: int = option(8, "G, responses per prompt")
     prompts_per_step: int = option(16, "P, prompts per step; the P * G responses make one update")
-    steps: Optional[int] = option(None, "steps in all; empty: what suits the toy, 80 with CME, 60 with CaT")
+    steps: Optional[int] = option(None, "steps in all; empty: what suits the toy, 80 with CME, 30 with CaT")
     max_new_tokens: int = option(48, "longest response, in generator tokens")
     temperature: float = option(1.0, "of sampling, and of the policy's and the reference's log-probabilities")
     top_k: int = option(0, "sample among the k most probable tokens; 0: all (log-probabilities stay those of all)")

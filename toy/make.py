@@ -19,9 +19,9 @@ three skeletons, so that very many answers are right and yet every fact can be c
 
 toy/cat, one tiny model that plays policy, anchor and judge of the other paper, is described in skills.py:
 
-    python toy/make.py --parts cat                       # about an hour on one core
+    python toy/make.py --parts cat                       # an hour or more on one core
 
-The same command on the same machine and versions gives the same bytes.
+The same command on the same machine and versions gives the same bytes (toy/cat has not been made twice).
 """
 import argparse
 import json

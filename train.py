@@ -2,7 +2,7 @@
 the model's own answers are reconciled into a reference, and the reward is agreement with it.
 
     python train.py                                    # CME on the toy, on a CPU, in about a minute, nothing downloaded
-    python train.py --reward cat                       # CaT on the toy: synthesis, rubric, judge; in about two minutes
+    python train.py --reward cat                       # CaT on the toy: synthesis, rubric, judge; in about a minute
     python train.py --generator Qwen/Qwen2.5-0.5B --verifier google/gemma-3-1b-it --prompts instructions.jsonl \\
         --lr 3e-6 --warmup_steps 20 --beta 0.01 --steps 5000 --prompts_per_step 1 --micro_batch 1 --max_new_tokens 1024 \\
         --save_every 500                               # CME's recipe, one GPU
@@ -187,13 +187,12 @@ def prepare(options: Options) -> SimpleNamespace:
     anchor = judge = None
     if catting:
         anchor = cat.LocalModel(*((reference, tokenizer) if shared else grpo.load("--anchor", options.anchor, device)), **sampling)
-        judge = anchor
-        if options.judge and options.reward != "cat-answer":
-            judge = cat.text_model("--judge", options.judge, device, key=os.environ.get("JUDGE_API_KEY"))
-        if isinstance(judge, cat.Endpoint) and judge.complete(["Reply with one word, yes."], max_new_tokens=512, temperature=0.0) == [[None]]:
+    if catting and options.reward != "cat-answer":                             # tried now, not after an hour
+        judge = cat.text_model("--judge", options.judge, device, key=os.environ.get("JUDGE_API_KEY")) if options.judge else anchor
+        if isinstance(judge, cat.LocalModel):
+            judge.yes_probability([])                                          # ValueError if it has no words for yes and no
+        elif judge.complete(["Reply with one word, yes."], max_new_tokens=512, temperature=0.0) == [[None]]:
             raise ValueError(f"--judge: {judge.last_error}")
-        elif options.reward != "cat-answer" and judge is not anchor or options.reward in ("cat", "cat-match", "rubric-given"):
-            getattr(judge, "yes_probability", list)([])                        # ValueError now if it has no words for yes and no
     stop_ids = grpo.find_stop_ids(policy, tokenizer)
     context = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or math.inf
     for reader, rows in ((tokenizer, prompts + eval_rows), *[(t, prompts) for t in (verifier_tokenizer, anchor and anchor.tokenizer) if t]):

@@ -117,18 +117,26 @@ def corpus(n: int = 4000) -> list:
     return bios + [p.format(name) for p in RL_PHRASINGS + HELD_OUT_PHRASINGS for name in NAMES] * 3 + ["user\n", "assistant\n", "model\n"] * 1000
 
 
-def generator_tokenizer(fragment: bool):
-    """Byte-level BPE as in Qwen2: whole words, unless `fragment`: 121 merges, and most values in pieces."""
+def byte_level_bpe(texts: list, size: int, digits: str = ""):
+    """BPE over bytes as in Qwen2; `digits`: how many of them may be one token, as in a regular expression."""
     tok = Tokenizer(models.BPE())
-    split = r"""[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
+    split = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tok.train_from_iterator(corpus(), trainers.BpeTrainer(vocab_size=380 if fragment else 4000, special_tokens=special, show_progress=False,
-                                                          initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tok.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=size, special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"], show_progress=False,
+                                                       initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    return tok
+
+
+def chatml(tok, length: int):
     return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   additional_special_tokens=["<|im_start|>"], chat_template=CHATML, model_max_length=256)
+                                   additional_special_tokens=["<|im_start|>"], chat_template=CHATML, model_max_length=length)
+
+
+def generator_tokenizer(fragment: bool):
+    """Whole words, unless `fragment`: 121 merges, and most values in pieces."""
+    return chatml(byte_level_bpe(corpus(), 380 if fragment else 4000), 256)
 
 
 def skilled_tokenizer():
@@ -143,18 +151,10 @@ def skilled_tokenizer():
     whole += [edge for tag in ("response", "reference", "question", "criterion") for edge in cat.block(tag, "|").split("|")]
     whole += [cat.block("response", "|", i).split("|")[0] for i in range(1, 9)] + ["<rubric>", "</rubric>", "<criterion>", "</criterion>"]
     text = [t for t in text if not any(w in t for w in whole + ["<|"])]        # words of the prompts are no words of this world
-    tok = Tokenizer(models.BPE())
-    split = r"""[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"""
-    tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"),
-                                                 pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    tok.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tok.train_from_iterator(text + ["user\n", "assistant\n", "yes", "no"] * 1000, trainers.BpeTrainer(
-        vocab_size=4000, special_tokens=special, show_progress=False, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet())))
+    tok = byte_level_bpe(text + ["user\n", "assistant\n", "yes", "no"] * 1000, 4000, "{1,2}")
     numbers = [n for n in skills.NUMBERS if len(n) > 1]                        # in the vocabulary already, but Qwen2's own class would cut them in two
     tok.add_tokens([AddedToken(w, normalized=False, special=False) for w in whole + numbers])
-    return PreTrainedTokenizerFast(tokenizer_object=tok, eos_token="<|im_end|>", pad_token="<|endoftext|>",
-                                   additional_special_tokens=["<|im_start|>"], chat_template=CHATML, model_max_length=1024)
+    return chatml(tok, 1024)
 
 
 def verifier_tokenizer(size: int = 516):

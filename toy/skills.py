@@ -315,7 +315,7 @@ def measure(model, n: int = 1000, seed: int = 99) -> dict:
     def share(values):
         values = list(values)
         return round(sum(values) / len(values), 4)
-    for name, draw, ask in [("judge", lambda: judge_example(rng, {}, turns=1), None), ("match", lambda: match_example(rng, {}), None)]:
+    for name, draw in [("judge", lambda: judge_example(rng, {}, turns=1)), ("match", lambda: match_example(rng, {}))]:
         drawn = [draw() for _ in range(2 * n)]
         prompts = [parts[0][0].removeprefix(turn("").split("<|im_end|>")[0]).split("<|im_end|>")[0] for parts in drawn]
         verdicts = cat.decide(prompts, model)

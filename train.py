@@ -1,19 +1,17 @@
-"""Label-free RL with GRPO. CME (arXiv 2605.29009): the reward is what a second, frozen language model thinks of each word. CaT (arXiv 2509.14234):
-the model's own answers are reconciled into a reference, and the reward is agreement with it.
+"""Label-free RL with GRPO.  CME (arXiv 2605.29009): the reward is what a second, frozen model thinks
+of each word.  CaT (arXiv 2509.14234): agreement with a reference made of the model's own answers.
 
-    python train.py                                    # CME on the toy, on a CPU, in about a minute, nothing downloaded
-    python train.py --reward cat                       # CaT on the toy: synthesis, rubric, judge; in about a minute
-    python train.py --generator Qwen/Qwen2.5-0.5B --verifier google/gemma-3-1b-it --prompts ultrafeedback \\
-        --lr 3e-6 --warmup_steps 20 --beta 0.01 --steps 5000 --prompts_per_step 1 --micro_batch 1 --max_new_tokens 1024 \\
-        --save_every 500                               # CME's recipe, one GPU
-    python train.py --reward cat --generator Qwen/Qwen3-4B --prompts healthbench --lr 5e-7 --schedule constant --warmup_steps 0 --steps 1000 \\
-        --prompts_per_step 32 --micro_batch 1 --max_new_tokens 1024 --temperature 0.7 --top_k 20 --top_p 0.8 --kl_in reward --beta 0.001 \\
-        --length_penalty_after 750                     # CaT's
-    python train.py --resume                           # continue the newest run
+    python train.py                            # CME on the toy, on a CPU, in about a minute
+    python train.py --reward cat               # CaT on the toy: synthesis, rubric, judge
+    python train.py --generator Qwen/Qwen2.5-0.5B --verifier google/gemma-3-1b-it \\
+        --prompts ultrafeedback --lr 3e-6 --warmup_steps 20 --beta 0.01 --steps 5000 \\
+        --prompts_per_step 1 --micro_batch 1 --max_new_tokens 1024 --save_every 500  # CME's recipe
+    python train.py --resume                   # continue the newest run
 
-Deliberate departures from the papers: listed in README.md, and where they are made (grpo.py, cme.py, align.py). Letters as in grpo.py.
+Deliberate departures from the papers: at the heads of align.py, grpo.py, cme.py, cat.py; the defaults
+are the toy's.  AdamW's weight decay is 0.  Letters as in grpo.py.
 """
-import dataclasses
+
 import glob
 import json
 import math
@@ -21,252 +19,229 @@ import os
 import resource
 import sys
 import time
-from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Literal, Optional
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Optional
 
 import torch
 from tqdm import tqdm
+from transformers import HfArgumentParser
 
 import cat
 import cme
 import grpo
 from align import spans_from_ids
-from evaluate import (append_line, checkpoints, draw_prompts, held_out, lock, option, parse_options, read_lines, read_prompts, response_texts, save_checkpoint,
-                      score, toy_of, with_suffix, write_atomically)
+from evaluate import held_out, option, score
+from plumbing import one_clear_line, progress
+from plumbing.files import (
+    append_line, checkpoints, lock, read_json, read_lines, save_checkpoint, write_atomically)
+from plumbing.models import (
+    LocalModel, chat_ids, context_of, find_stop_ids, load, pick_device, response_texts, text_model,
+    token_budget, use_threads)
+from plumbing.prompts import draw_prompts, question_text, read_prompts, with_suffix
 
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
-DEFAULTS = {"cme": {"lr": 8e-4, "steps": 80}, "cat": {"lr": 3e-4, "steps": 30}}  # what suits the toy
+TOYS = {  # what is taken where --generator, --prompts, --eval_prompts, --lr, --steps are empty
+    "cme": ("cme/generator", "cme/prompts.jsonl", "cme/eval.jsonl", 8e-4, 80),
+    "cat": ("cat/model", "cat/prompts.jsonl", "cat/eval.jsonl", 3e-4, 30),
+    "cat-answer": ("cat/model", "cat/numbers.jsonl", "cat/numbers_eval.jsonl", 3e-4, 30)}
 
 
 @dataclass
 class Options:
     reward: Literal["cme", "cme-sequence", "cat", "cat-answer", "cat-match", "rubric-given"] = option(
-        "cme", "cme: a reward per token (CME, Eq. 1); cme-sequence: one per response (Eq. 3); cat: share of the criteria of a rubric made from the "
-        "reference (CaT, Eq. 3-4); cat-answer: same final answer as the reference (Eq. 2); cat-match: the judge finds it the same as the reference; "
-        "rubric-given: rubrics that came with the prompts")
-    credit: Literal["token", "word"] = option("token", "with --reward cme: token is the paper's; word gives a token the reward of the rest of its word")
-    score_stop: bool = option(False, "with --reward cme: also reward the stop token, with the verifier's log-probability of its own end of turn")
+        "cme", "cme: per token (CME, Eq. 1); cme-sequence: per response (Eq. 3); cat: share of the "
+        "criteria of a rubric made from the reference (CaT, Eq. 3-4); cat-answer: same final answer "
+        "(Eq. 2); cat-match: judged the same as the reference; rubric-given: the prompts' rubrics")
+    credit: Literal["token", "word"] = option("token", "cme: the paper's, or the rest of the word's")
+    score_stop: bool = option(False, "cme: reward the stop token too, by the verifier's end of turn")
     generator: str = option("", "model to train, a folder or a hub name; empty: the toy's")
-    verifier: str = option("", "with CME: frozen model that scores, best of another family; empty: the toy's")
-    estimator: Literal["synthesis", "majority", "best-of-n", "min-perplexity", "mutual-predictability", "single", "cme"] = option(
-        "synthesis", "with CaT: how rollouts become a reference; cme: the one that --verifier finds least surprising")
-    anchor: str = option("", "with CaT: frozen model that makes references and rubrics; empty: the initial policy")
-    judge: str = option("", "with CaT: frozen model that judges, a folder, a hub name, or MODEL@URL (key in JUDGE_API_KEY); empty: the anchor")
-    question_in_synthesis: bool = option(False, "let the anchor read the question too, not only the rollouts")
-    rollouts_in_context: int = option(0, "how many of the G rollouts the anchor reads for a synthesis; 0: all")
-    rubric_from: Literal["reference", "question"] = option("reference", "what the anchor makes a rubric from")
+    verifier: str = option(f"{TOY}/cme/verifier", "CME: frozen model that scores")
+    estimator: Literal["synthesis", "majority", "best-of-n", "min-perplexity",
+                       "mutual-predictability", "single", "cme"] = option(
+        "synthesis", "CaT: how rollouts become a reference; cme: the one that --verifier prefers")
+    anchor: str = option("", "CaT: frozen, makes references and rubrics; empty: the initial policy")
+    judge: str = option("", "CaT: a folder, a hub name or MODEL@URL (JUDGE_API_KEY); empty: the anchor")
+    question_in_synthesis: bool = option(False, "let the anchor read the question too")
+    rollouts_in_context: int = option(0, "how many rollouts the anchor reads; 0: all")
+    rubric_from: Literal["reference", "question"] = option("reference", "what a rubric is made from")
     rubric_tokens: int = option(512, "longest rubric, in the anchor's tokens")
-    length_penalty_after: int = option(0, "with one reward per response: reward - 1 beyond this many tokens; 0: never")
-    prompts: str = option("", "prompts to train on: a .jsonl, .json or .txt file, or ultrafeedback, alpaca_eval, math500 or healthbench; empty: the toy's")
-    eval_prompts: str = option("", "held-out prompts, with `facts`, `answer`, `pattern` or `rubrics`; empty: the toy's; none with --generator and --prompts")
-    suffix: str = option("", "a paragraph added to each prompt, held-out ones too; for math500, e.g.: Put your final answer in \\boxed{}.")
+    length_penalty_after: int = option(0, "reward - 1 beyond this many tokens; 0: never")
+    prompts: str = option("", "a .jsonl, .json or .txt file, or ultrafeedback, math500, healthbench ...")
+    eval_prompts: str = option("", "held-out, with facts, answer, pattern or rubrics; or none")
+    suffix: str = option("", "a paragraph added to each prompt (for math500: ask for a \\boxed{})")
     group_size: int = option(8, "G, responses per prompt")
     prompts_per_step: int = option(16, "P, prompts per step; the P * G responses make one update")
-    steps: Optional[int] = option(None, "steps in all; empty: what suits the toy, 80 with CME, 30 with CaT")
+    steps: Optional[int] = option(None, "steps in all")
     max_new_tokens: int = option(48, "longest response, in generator tokens")
-    temperature: float = option(1.0, "of sampling, and of the policy's and the reference's log-probabilities")
-    top_k: int = option(0, "sample among the k most probable tokens; 0: all (log-probabilities stay those of all)")
-    top_p: float = option(1.0, "sample among the most probable tokens that hold this mass, in (0, 1]")
-    lr: Optional[float] = option(None, "peak learning rate of AdamW; empty: what suits the toy, 8e-4 with CME, 3e-4 with CaT (the papers' models: 3e-6, 5e-7)")
+    temperature: float = option(1.0, "of sampling, and of the log-probabilities")
+    top_k: int = option(0, "sample among the k most probable tokens; 0: all")
+    top_p: float = option(1.0, "sample among the most probable tokens that hold this mass")
+    lr: Optional[float] = option(None, "peak learning rate of AdamW")
     warmup_steps: int = option(5, "steps of linear warm-up")
-    schedule: Literal["cosine", "constant"] = option("cosine", "learning rate after the warm-up; cosine falls to 0 after the last step")
-    beta: float = option(0.02, "weight of the KL to the initial policy; at 0 no reference model is held")
-    kl_in: Literal["loss", "reward"] = option(
-        "loss", "loss: k3 at every token; reward: R = r - beta sum_t (log pi_old - log pi_ref), before the group is normalised")
+    schedule: Literal["cosine", "constant"] = option("cosine", "learning rate after the warm-up")
+    beta: float = option(0.02, "weight of the KL to the initial policy; at 0 it is not held")
+    kl_in: Literal["loss", "reward"] = option("loss", "k3 at every token, or R = r - beta sum_t log "
+                                              "pi_old / pi_ref before the group is normalised")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low")
     clip_high: float = option(0.2, "and above 1 + clip_high")
-    scale: bool = option(True, "divide advantages by the group's deviation; with --no_scale they are centred only")
-    updates_per_rollout: int = option(1, "optimiser steps on each batch of rollouts; from the second on they are off-policy")
-    micro_batch: int = option(32, "responses per forward and backward pass, those of like length together; the gradient does not depend on it")
-    max_grad_norm: float = option(1.0, "the gradient's norm is clipped at this; 0: not clipped")
-    gradient_checkpointing: bool = option(False, "less memory for more compute in the policy's backward pass")
+    scale: bool = option(True, "divide advantages by the group's deviation, or centre them only")
+    updates_per_rollout: int = option(1, "optimiser steps on each batch of rollouts")
+    micro_batch: int = option(32, "responses per forward and backward pass; the gradient is the same")
+    batch_tokens: int = option(0, "tokens of a batch of rollouts; 0: what suits the device")
+    max_grad_norm: float = option(1.0, "the gradient's norm is clipped at this")
+    gradient_checkpointing: bool = option(False, "less memory for more compute")
     seed: int = option(0, "of the order of prompts and of sampling")
-    output_dir: str = option("", "where everything goes; empty: runs/REWARD-DATE-TIME, or with --resume the newest run")
-    resume: bool = option(False, "continue the run in --output_dir from its last checkpoint, with its options but for those given again")
+    output_dir: str = option("", "where everything goes; empty: runs/REWARD-DATE-TIME, or the newest")
+    resume: bool = option(False, "continue the run in --output_dir, with its options")
     save_every: int = option(20, "steps between checkpoints; only the newest is kept")
-    keep: Literal["last", "best"] = option("last", "best: the result is the model with the best held-out facts, accuracy or rubric, seen every --eval_every")
+    keep: Literal["last", "best"] = option("last", "best: the model with the best held-out score")
     eval_every: int = option(10, "steps between held-out scores; 0: only before and after")
-    sample_every: int = option(20, "steps between two samples on the screen and in samples.jsonl")
-    threads: int = option(0, "CPU threads; 0: one for models under 10 million parameters (more only hurt), else PyTorch's choice")
+    sample_every: int = option(20, "steps between samples on the screen and in samples.jsonl")
+    threads: int = option(0, "CPU threads; 0: one for tiny models, else PyTorch's choice")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
 
-    def __post_init__(self):
-        for name, value in DEFAULTS["cme" if self.reward.startswith("cme") else "cat"].items():
-            setattr(self, name, value if getattr(self, name) is None else getattr(self, name))
+
+@dataclass
+class Run:
+    """What a step needs."""
+
+    options: Options
+    device: torch.device
+    policy: Any  # float32, trained
+    tokenizer: Any
+    stop_ids: list  # that end a response
+    reference: Any  # frozen initial policy, or None
+    verifier: Any  # (model, tokenizer) of CME, or None
+    anchor: Any  # text model of CaT, or None
+    judge: Any  # text model, or None
+    rows: list  # prompts to train on
+    eval_rows: list  # held out
 
 
-LEAST = {  # the smallest values that make sense
-    **dict.fromkeys("prompts_per_step steps micro_batch max_new_tokens updates_per_rollout save_every sample_every rubric_tokens".split(), 1), "group_size": 2,
-    **dict.fromkeys("top_k lr warmup_steps beta clip_low clip_high max_grad_norm seed eval_every threads length_penalty_after rollouts_in_context".split(), 0),
-    "temperature": 1e-3, "top_p": 1e-9}
+# Setting up: what a user can get wrong fails here, in one line
 
 
-# ---------------------------------------------------------------- setting up: what a user can get wrong fails here, in one line
-
-def parse(arguments: list) -> Options:
-    """The command line -> checked Options, or ValueError. With --resume what is not given again comes from the run's config.json."""
-    def read(saved):
-        return parse_options(Options, arguments, __doc__.split("\n")[0], saved, LEAST)
-    options = read({})
-    if options.resume:
+def parse_options() -> Options:
+    """The command line -> options; with --resume what is not given again comes from the run."""
+    parser = HfArgumentParser(Options, description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    [o] = parser.parse_args_into_dataclasses()
+    if o.resume:
         runs = sorted(glob.glob("runs/*/config.json"), key=os.path.getmtime)
-        folder = options.output_dir or (os.path.dirname(runs[-1]) if runs else "runs")
-        try:
-            with open(os.path.join(folder, "config.json"), encoding="utf-8") as f:
-                saved = json.load(f) | {"output_dir": folder, "resume": True}
-        except (OSError, ValueError):
-            raise ValueError(f"{folder} holds no run to resume (no readable config.json)") from None
-        options = read(saved)
-        for name in ("generator", "keep"):
-            if getattr(options, name) != saved[name]:
-                raise ValueError(f"--{name} {getattr(options, name)}: a run cannot change it; start a new one")
+        folder = o.output_dir or (os.path.dirname(runs[-1]) if runs else "runs")
+        saved = read_json(os.path.join(folder, "config.json"))
+        if not saved:
+            raise ValueError(f"{folder} holds no run to resume (no config.json)")
+        parser.set_defaults(**saved | {"output_dir": folder})
+        [o] = parser.parse_args_into_dataclasses()
         for name, value in saved.items():
-            if getattr(options, name, None) != value:
-                print(f"--{name} is now {getattr(options, name, None)}, was {value}: no longer the run it would have been")
-    if options.reward == "cme" and (options.length_penalty_after or options.kl_in == "reward"):
-        raise ValueError("--length_penalty_after and --kl_in reward need one reward per response, and --reward cme has one per token")
-    if options.keep == "best" and not options.eval_every:
-        raise ValueError("--keep best needs held-out scores: give --eval_every")
-    return options
+            if getattr(o, name) != value and name not in ("resume", "output_dir"):
+                if name in ("generator", "keep"):
+                    raise ValueError(f"--{name}: a run cannot change it; start a new one")
+                print(f"--{name} is now {getattr(o, name)}, was {value}: another run than it was")
+    family = o.reward if o.reward in TOYS else "cme" if o.reward.startswith("cme") else "cat"
+    model, prompts, held, lr, steps = TOYS[family]
+    if not (o.generator and o.prompts or o.eval_prompts):
+        o.eval_prompts = os.path.join(TOY, held)
+    for name, value in (("generator", model), ("prompts", prompts)):
+        setattr(o, name, getattr(o, name) or os.path.join(TOY, value))
+    o.lr, o.steps = o.lr if o.lr is not None else lr, o.steps if o.steps is not None else steps
+    o.output_dir = o.output_dir or f"runs/{o.reward}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return o
 
 
-def prepare(options: Options) -> SimpleNamespace:
-    """Reads, loads and checks everything and writes nothing -> what train() needs. ValueError for what the user can mend."""
-    options.output_dir = options.output_dir or os.path.join("runs", f"{options.reward}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if not options.resume and os.path.exists(options.output_dir) and (not os.path.isdir(options.output_dir) or
-                                                                      set(os.listdir(options.output_dir)) - {"lock", "config.json.tmp"}):
-        resume = ", or --resume" * os.path.exists(os.path.join(options.output_dir, "config.json"))
-        raise ValueError(f"--output_dir {options.output_dir} is in use; give another one{resume}")
-    catting = not options.reward.startswith("cme")
-    toy_model, toy_prompts, toy_eval = toy_of(options.reward)
-    prompts = read_prompts(options.prompts or toy_prompts)
-    eval_path = options.eval_prompts or ("" if options.generator and options.prompts else toy_eval)
-    needs_verifier = not catting or (options.estimator == "cme" and options.reward != "rubric-given")
-    for name in ["verifier"] * needs_verifier + ["prompts"]:
-        if options.generator and not getattr(options, name):
-            print(f"--{name} is empty: the toy's, which knows nothing but the toy's world", file=sys.stderr)
-    eval_rows = read_prompts(eval_path) if eval_path else []
-    judging = catting and options.reward != "cat-answer"
-    if options.keep == "best" and not any(r["facts"] or r["answer"] is not None or (judging and r["rubrics"]) for r in eval_rows):
-        raise ValueError(f"--keep best: no `facts`, `answer` or, for a judge, `rubrics` in {eval_path or 'the held-out prompts, as there are none'}")
-    if options.reward == "rubric-given":
-        for row in prompts:
-            if not any(r["points"] > 0 for r in row["rubrics"]):
-                raise ValueError(f"{row['where']}: --reward rubric-given needs `rubrics` with positive points")
-    device = grpo.pick_device(options.device)
-    initial, saved = options.generator or toy_model, checkpoints(options.output_dir)
-    policy, tokenizer = grpo.load("--generator", initial, device, train=True)
-    prompts, eval_rows = (with_suffix(draw_prompts(rows, tokenizer) if name == "ultrafeedback" else rows, options.suffix)
-                          for name, rows in ((options.prompts, prompts), (options.eval_prompts, eval_rows)))
-    shared = catting and not options.anchor                                    # the anchor is the initial policy, as is the reference
-    reference = grpo.load("--generator", initial, device)[0] if options.beta or shared else None
-    if saved and int(saved[-1].rsplit("-", 1)[1]) > options.steps:
-        raise ValueError(f"--steps {options.steps}: the run has come further, to {saved[-1]}")
-    if saved:
-        policy = grpo.load("--generator", saved[-1], device, train=True)[0]
-    verifier, verifier_tokenizer = grpo.load("--verifier", options.verifier or os.path.join(TOY, "cme", "verifier"), device) if needs_verifier else (None, None)
-    sampling = {"top_k": options.top_k, "top_p": options.top_p, "generator": torch.Generator(device)}
-    anchor = judge = None
+def read_rows(o: Options, tokenizer) -> tuple:
+    """Prompts to train on and held-out ones, checked against the options."""
+    rows, eval_rows = read_prompts(o.prompts), read_prompts(o.eval_prompts) if o.eval_prompts else []
+    rows = draw_prompts(rows, tokenizer) if o.prompts == "ultrafeedback" else rows
+    judged = not o.reward.startswith("cme") and o.reward != "cat-answer"
+    if o.keep == "best" and not (o.eval_every and any(
+            r["facts"] or r["answer"] is not None or judged and r["rubrics"] for r in eval_rows)):
+        raise ValueError("--keep best needs --eval_every, and --eval_prompts with facts, answer or, "
+                         "for a judge, rubrics")
+    for row in rows if o.reward == "rubric-given" else ():
+        if not any(c["points"] > 0 for c in row["rubrics"]):
+            raise ValueError(f"{row['where']}: --reward rubric-given needs `rubrics` with points > 0")
+    return with_suffix(rows, o.suffix), with_suffix(eval_rows, o.suffix)
+
+
+def find_judge(o: Options, anchor, device):
+    """The text model that judges, tried now and not after an hour."""
+    key = os.environ.get("JUDGE_API_KEY")
+    judge = text_model("--judge", o.judge, device, key=key) if o.judge else anchor
+    if isinstance(judge, LocalModel):
+        judge.yes_probability([])  # ValueError if it has no words for yes and no
+    elif judge.complete(["Reply with one word, yes."], max_new_tokens=512) == [[None]]:
+        raise ValueError(f"--judge: {judge.last_error}")
+    return judge
+
+
+def check_lengths(run: Run):
+    """ValueError where a prompt and its response do not fit the generator's context."""
+    o, longest = run.options, context_of(run.policy)
+    for row in run.rows + run.eval_rows:
+        try:
+            size = len(chat_ids(run.tokenizer, row["prompt"])) + o.max_new_tokens
+        except ValueError as e:
+            raise ValueError(f"{row['where']}: {e}") from None
+        if size > longest:
+            raise ValueError(f"{row['where']}: prompt and --max_new_tokens have {size} tokens, the "
+                             f"generator's context {longest}; shorten it or leave it out")
+
+
+def prepare(o: Options) -> Run:
+    """Reads, loads and checks everything and writes nothing.  ValueError for what a user can mend."""
+    used = os.path.isdir(o.output_dir) and set(os.listdir(o.output_dir)) - {"lock", "config.json.tmp"}
+    if used and not o.resume:
+        raise ValueError(f"--output_dir {o.output_dir} is in use; give another one, or --resume")
+    for name in ("steps", "prompts_per_step", "max_new_tokens", "micro_batch", "updates_per_rollout",
+                 "save_every", "sample_every", "rubric_tokens", "group_size"):
+        if getattr(o, name) < 1 + (name == "group_size"):
+            raise ValueError(f"--{name} {getattr(o, name)} is too small")
+    if o.reward == "cme" and (o.length_penalty_after or o.kl_in == "reward"):
+        raise ValueError("--length_penalty_after and --kl_in reward need one reward per response, and "
+                         "--reward cme has one per token")
+    device, catting = pick_device(o.device), not o.reward.startswith("cme")
+    policy, tokenizer = load("--generator", o.generator, device, train=True)
+    rows, eval_rows = read_rows(o, tokenizer)
+    shared, saved = catting and not o.anchor, checkpoints(o.output_dir)
+    reference = load("--generator", o.generator, device)[0] if o.beta or shared else None
+    policy = load("--generator", saved[-1], device, train=True)[0] if saved else policy
+    verifier = anchor = judge = None
+    if not catting or o.estimator == "cme":
+        verifier = load("--verifier", o.verifier, device)
     if catting:
-        anchor = cat.LocalModel(*((reference, tokenizer) if shared else grpo.load("--anchor", options.anchor, device)), **sampling)
-    if judging:                                                                # tried now, not after an hour
-        judge = cat.text_model("--judge", options.judge, device, key=os.environ.get("JUDGE_API_KEY")) if options.judge else anchor
-        if isinstance(judge, cat.LocalModel):
-            judge.yes_probability([])                                          # ValueError if it has no words for yes and no
-        elif judge.complete(["Reply with one word, yes."], max_new_tokens=512, temperature=0.0) == [[None]]:
-            raise ValueError(f"--judge: {judge.last_error}")
-    stop_ids = grpo.find_stop_ids(policy, tokenizer)
-    context = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    for reader, rows in ((tokenizer, prompts + eval_rows), *[(t, prompts) for t in (verifier_tokenizer, anchor and anchor.tokenizer) if t]):
-        for row in rows:
-            try:
-                n = len(grpo.chat_ids(reader, row["prompt"]))
-            except ValueError as e:
-                raise ValueError(f"{row['where']}: {e}") from None
-            if reader is tokenizer and n + options.max_new_tokens > context:
-                raise ValueError(f"{row['where']}: the prompt's {n} tokens and --max_new_tokens {options.max_new_tokens} exceed the generator's "
-                                 f"context of {context}; shorten it or leave it out")
-    if catting and options.reward != "rubric-given" and options.estimator in ("synthesis", "best-of-n", "mutual-predictability"):
-        read = (options.estimator == "synthesis" and options.rollouts_in_context) or options.group_size
-        longest = len(anchor.prompt_ids(cat.synthesis_prompt([""] * read))) + (read + 1) * options.max_new_tokens
-        if longest > anchor.context:
-            raise ValueError(f"{read} rollouts of --max_new_tokens {options.max_new_tokens} and an answer to them may take {longest} tokens, and the anchor's "
-                             f"context is {anchor.context}: lower --max_new_tokens or --rollouts_in_context")
-    estimate = cat.estimators(anchor, max_new_tokens=options.max_new_tokens, style="stepwise" if options.reward == "cat-answer" else "freeform",
-                              question=options.question_in_synthesis, in_context=options.rollouts_in_context, temperature=options.temperature,
-                              seed=options.seed) | {"cme": cat.best_by(lambda x, y: cme.sequence_rewards(verifier, verifier_tokenizer, x, y))}
-    grpo.use_threads([m for m in (policy, verifier, anchor and anchor.model, getattr(judge, "model", None)) if isinstance(m, torch.nn.Module)], options.threads)
-    if options.gradient_checkpointing:
-        getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()       # the name after and before transformers 5.2x
-    return SimpleNamespace(options=options, device=device, policy=policy, reference=reference, verifier=verifier, tokenizer=tokenizer,
-                           verifier_tokenizer=verifier_tokenizer, rows=prompts, eval_rows=eval_rows, stop_ids=stop_ids,
-                           anchor=anchor, judge=judge, estimate=estimate[options.estimator])
+        anchor = (reference, tokenizer) if shared else load("--anchor", o.anchor, device)
+        anchor = LocalModel(*anchor, top_k=o.top_k, top_p=o.top_p, batch_tokens=o.batch_tokens)
+    if catting and o.reward != "cat-answer":
+        judge = find_judge(o, anchor, device)
+    models = [policy, verifier and verifier[0], *(m.model for m in (anchor, judge) if m)]
+    use_threads([m for m in models if isinstance(m, torch.nn.Module)], o.threads)
+    if o.gradient_checkpointing:  # the name after and before transformers 5.2x
+        getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()
+    stop_ids = find_stop_ids(policy, tokenizer)
+    run = Run(o, device, policy, tokenizer, stop_ids, reference, verifier, anchor, judge, rows, eval_rows)
+    check_lengths(run)
+    return run
 
 
-# ---------------------------------------------------------------- the parts of a step
+# The parts of a step
+
 
 def prompts_of_step(prompts: list, per_step: int, seed: int, step: int) -> list:
-    """The P prompts of a step: all are gone through again and again, each time in another order. A function of its arguments alone."""
-    n, chosen, order = len(prompts), [], {}
+    """The P prompts of a step: all are gone through again and again, each time in another order."""
+    n, chosen = len(prompts), []
     for i in range(step * per_step, (step + 1) * per_step):
-        if i // n not in order:
-            order[i // n] = torch.randperm(n, generator=torch.Generator().manual_seed(seed * 100_003 + i // n)).tolist()
-        chosen.append(prompts[order[i // n][i % n]])
+        generator = torch.Generator().manual_seed(seed * 100_003 + i // n)
+        chosen.append(prompts[torch.randperm(n, generator=generator)[i % n]])
     return chosen
 
 
-def learning_rate(options: Options, step: int) -> float:
-    """Linear warm-up (step 0 has lr / warmup_steps already), then constant, or half a cosine down to 0 at the end."""
-    if step < options.warmup_steps:
-        return options.lr * (step + 1) / options.warmup_steps
-    progress = (step - options.warmup_steps) / max(1, options.steps - options.warmup_steps)
-    return options.lr * (1.0 if options.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def step_rewards(run, rows: list, ids, lengths):
-    """rows: P of them; ids [B, T] -> (rewards, which of them count) [B, T], or [B] with one reward per response; CaT's story of each prompt, else []."""
-    o, G = run.options, run.options.group_size
-    prompts = [row["prompt"] for row in rows for _ in range(G)]
-    if o.reward == "cme":
-        return *cme.token_rewards(run.verifier, run.verifier_tokenizer, run.tokenizer, prompts, ids, lengths, credit=o.credit,
-                                  score_stop=o.score_stop, stop_ids=run.stop_ids), []
-    texts, _ = response_texts(run.tokenizer, ids, lengths, run.stop_ids)
-    if o.reward == "cme-sequence":
-        rewards, stories = cme.sequence_rewards(run.verifier, run.verifier_tokenizer, prompts, texts).to(ids.device), []
-    else:
-        rewards, stories = cat_rewards(run, rows, [texts[i:i + G] for i in range(0, len(texts), G)])
-        rewards = rewards.to(ids.device)
-    if o.length_penalty_after:
-        rewards = cat.length_penalty(rewards, lengths, o.length_penalty_after)
-    for i, story in enumerate(stories):
-        story["rewards"] = rewards[i * G:(i + 1) * G].tolist()
-    return rewards, ~rewards.isnan(), stories
-
-
-def cat_rewards(run, rows: list, rollouts: list):
-    """CaT, Algorithm 1 up to the rewards: rollouts [P][G] -> references -> rewards [B], and each prompt's story (P dicts)."""
-    o, prompts = run.options, [row["prompt"] for row in rows]
-    references = rubrics = verdicts = [None] * len(rows)
-    points = None
-    if o.reward != "rubric-given" and not (o.reward == "cat" and o.rubric_from == "question"):
-        references = run.estimate(prompts, rollouts)
-    if o.reward == "cat-answer":
-        rewards = cat.answer_rewards(rollouts, references)
-    else:
-        if o.reward == "cat-match":
-            verdicts = cat.judge_match(rollouts, references, run.judge)
-        else:
-            if o.reward == "cat":
-                rubrics = cat.propose_rubrics(prompts, references, run.anchor, max_new_tokens=o.rubric_tokens, source=o.rubric_from, temperature=o.temperature)
-            else:
-                rubrics, points = ([[c[key] for c in row["rubrics"]] for row in rows] for key in ("criterion", "points"))
-            verdicts = cat.judge_rubrics(rollouts, rubrics, run.judge)
-        rewards = cat.rubric_rewards(verdicts, points)
-        if rewards.isnan().all() and getattr(run.judge, "last_error", ""):
-            raise OSError(f"the judge gave no verdict in a whole step, {run.judge.last_error}; --resume when it does")
-    return rewards, [{"prompt": p, "rollouts": y, "reference": s, "rubric": r, "verdicts": v}
-                     for p, y, s, r, v in zip(prompts, rollouts, references, rubrics, verdicts)]
+def learning_rate(o: Options, step: int) -> float:
+    """Linear warm-up (step 0 has lr / warmup_steps), then constant, or half a cosine down to 0."""
+    if step < o.warmup_steps:
+        return o.lr * (step + 1) / o.warmup_steps
+    progress = (step - o.warmup_steps) / max(1, o.steps - o.warmup_steps)
+    return o.lr * (1.0 if o.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * progress)))
 
 
 def autocast(device):
@@ -274,253 +249,369 @@ def autocast(device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
+def rollout(run: Run, rows: list, step: int):
+    """y ~ pi_old -> the prompts' ids (B lists), ids [B, T], lengths [B].  Seeded by the step, so that
+    a resumed run needs no random state."""
+    o = run.options
+    prompt_ids = [chat_ids(run.tokenizer, row["prompt"]) for row in rows]
+    noise = torch.Generator(run.device).manual_seed(o.seed * 1_000_003 + step)
+    with autocast(run.device):
+        ids, lengths = grpo.sample(
+            run.policy, prompt_ids, o.group_size, max_new_tokens=o.max_new_tokens,
+            stop_ids=run.stop_ids, batch_tokens=o.batch_tokens or token_budget(run.device),
+            temperature=o.temperature, top_k=o.top_k, top_p=o.top_p, generator=noise)
+    return [p for p in prompt_ids for _ in range(o.group_size)], ids, lengths
+
+
+def find_references(run: Run, rows: list, rollouts: list, seed: int) -> list:
+    """CaT, Eq. 1, or another estimator -> P texts."""
+    o, prompts = run.options, [row["prompt"] for row in rows]
+    if o.estimator == "cme":
+        return cat.best_by(lambda x, y: cme.sequence_rewards(*run.verifier, x, y), prompts, rollouts)
+    style = "stepwise" if o.reward == "cat-answer" else "freeform"
+    estimators = cat.estimators(run.anchor, seed=seed, style=style, max_new_tokens=o.max_new_tokens,
+                                question=o.question_in_synthesis, in_context=o.rollouts_in_context,
+                                temperature=o.temperature)
+    return estimators[o.estimator](prompts, rollouts)
+
+
+def by_rubric(run, rows, rollouts, seed):
+    """Eq. 3-4: references -> rubrics -> verdicts -> share of yes."""
+    o, prompts, references = run.options, [row["prompt"] for row in rows], [None] * len(rows)
+    if o.rubric_from == "reference":
+        references = find_references(run, rows, rollouts, seed)
+    rubrics = cat.propose_rubrics(prompts, references, run.anchor, max_new_tokens=o.rubric_tokens,
+                                  source=o.rubric_from, temperature=o.temperature, seed=seed + 1)
+    verdicts = cat.judge_rubrics(rollouts, rubrics, run.judge)
+    told = {"reference": references, "rubric": rubrics, "verdicts": verdicts}
+    return cat.rubric_rewards(verdicts), told
+
+
+def by_answer(run, rows, rollouts, seed):
+    """Eq. 2: the final answer is the reference's."""
+    references = find_references(run, rows, rollouts, seed)
+    return cat.answer_rewards(rollouts, references), {"reference": references}
+
+
+def by_match(run, rows, rollouts, seed):
+    """The baseline without rubrics: judged the same as the reference."""
+    references = find_references(run, rows, rollouts, seed)
+    verdicts = cat.judge_match(rollouts, references, run.judge)
+    return cat.rubric_rewards(verdicts), {"reference": references, "verdicts": verdicts}
+
+
+def by_given(run, rows, rollouts, seed):
+    """The baseline with rubrics that came with the data."""
+    rubrics, points = ([[c[k] for c in r["rubrics"]] for r in rows] for k in ("criterion", "points"))
+    verdicts = cat.judge_rubrics(rollouts, rubrics, run.judge)
+    return cat.rubric_rewards(verdicts, points), {"rubric": rubrics, "verdicts": verdicts}
+
+
+CAT_REWARDS = {"cat": by_rubric, "cat-answer": by_answer, "cat-match": by_match,
+               "rubric-given": by_given}
+
+
+def step_rewards(run: Run, rows: list, ids, lengths, seed: int):
+    """-> rewards [B, T] or, one per response, [B]; which of them count; CaT's story of each prompt."""
+    o, G = run.options, run.options.group_size
+    prompts, told = [row["prompt"] for row in rows for _ in range(G)], {}
+    if o.reward == "cme":
+        rewards, counted = cme.token_rewards(
+            *run.verifier, run.tokenizer, prompts, ids, lengths, credit=o.credit,
+            score_stop=o.score_stop, stop_ids=run.stop_ids)
+        return rewards, counted, []
+    texts, _ = response_texts(run.tokenizer, ids, lengths, run.stop_ids)
+    rollouts = [texts[i : i + G] for i in range(0, len(texts), G)]
+    if o.reward == "cme-sequence":
+        rewards = cme.sequence_rewards(*run.verifier, prompts, texts)
+    else:
+        rewards, told = CAT_REWARDS[o.reward](run, rows, rollouts, seed)
+        if rewards.isnan().all() and getattr(run.judge, "last_error", ""):
+            raise OSError(f"no verdict in a whole step, {run.judge.last_error}; --resume later")
+    rewards = rewards.to(ids.device)
+    if o.length_penalty_after:
+        rewards = cat.length_penalty(rewards, lengths, o.length_penalty_after)
+    told |= {"prompt": prompts[::G], "rollouts": rollouts, "rewards": rewards.view(-1, G).tolist()}
+    stories = [dict(zip(told, parts)) for parts in zip(*told.values())] if len(told) > 3 else []
+    return rewards, ~rewards.isnan(), stories
+
+
 def micro_batches(lengths, size: int) -> list:
     """Row numbers of each micro-batch, rows of like length together: less padding."""
     return [part.tolist() for part in lengths.argsort(stable=True).split(size)]
 
 
-def with_kl(run, rewards, prompt_ids, ids, lengths):
-    """--kl_in reward (CaT, Table 10): R_i = r_i - beta sum_t (log pi_old - log pi_ref) -> [B]."""
-    o, kl, mask = run.options, torch.zeros_like(rewards), grpo.response_mask(lengths, ids.shape[1])
-    for part in micro_batches(lengths, o.micro_batch):
-        rows = [prompt_ids[i] for i in part], ids[part], lengths[part]
-        with torch.no_grad(), autocast(run.device):
-            old_logp, ref_logp = (grpo.token_logprobs(model, *rows, temperature=o.temperature) for model in (run.policy, run.reference))
-        kl[part] = torch.where(mask[part], old_logp - ref_logp, 0).sum(1)
-    return rewards - o.beta * kl
-
-
-def update(run, optimizer, prompt_ids, ids, lengths, advantages, old_logp: dict) -> dict:
-    """One optimiser step on all B responses, in micro-batches; skipped if loss or gradient are not finite -> statistics.
-
-    old_logp: log-probabilities of each micro-batch under the policy that sampled; {} at the first update, which is on-policy and fills it.
-    """
-    o, mask, totals = run.options, grpo.response_mask(lengths, ids.shape[1]), {}
-    optimizer.zero_grad()
-    for module in run.policy.modules():                                        # what recomputes its activations wants to be "training"
-        module.training = bool(getattr(module, "gradient_checkpointing", False))
-    for n, part in enumerate(micro_batches(lengths, o.micro_batch)):
-        rows = [prompt_ids[i] for i in part], ids[part], lengths[part]
+@torch.no_grad()
+def logprobs(run: Run, model, prompt_ids, ids, lengths):
+    """log pi(y_t | x, y_<t) of a step's responses -> [B, T], 0 behind a row's end."""
+    logp = torch.zeros(ids.shape, device=ids.device)
+    for part in micro_batches(lengths, run.options.micro_batch):
         with autocast(run.device):
-            logp, entropy = grpo.token_logprobs(run.policy, *rows, temperature=o.temperature, entropy=True)
-            with torch.no_grad():
-                ref_logp = grpo.token_logprobs(run.reference, *rows, temperature=o.temperature) if o.beta else None
-        loss, stats = grpo.grpo_loss(logp, old_logp.setdefault(n, logp.detach()), ref_logp, advantages[part], mask[part],
-                                     beta=o.beta if o.kl_in == "loss" else 0.0,
-                                     clip_low=o.clip_low, clip_high=o.clip_high, responses=len(ids))
+            logp[part] = grpo.token_logprobs(model, [prompt_ids[i] for i in part], ids[part],
+                                             lengths[part], temperature=run.options.temperature)
+    return logp
+
+
+def update(run: Run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, advantages) -> dict:
+    """One optimiser step on all B responses, in micro-batches; skipped if loss or gradient are not
+    finite -> statistics.  old_logp None: of the policy as it is."""
+    o, mask, totals = run.options, grpo.response_mask(lengths, ids.shape[1]), {}
+    for module in run.policy.modules():  # what recomputes activations wants to be "training"
+        module.training = bool(getattr(module, "gradient_checkpointing", False))
+    for part in micro_batches(lengths, o.micro_batch):
+        with autocast(run.device):
+            logp, entropy = grpo.token_logprobs(
+                run.policy, [prompt_ids[i] for i in part], ids[part], lengths[part],
+                temperature=o.temperature, entropy=True)
+        old = logp.detach() if old_logp is None else old_logp[part]
+        loss, stats = grpo.grpo_loss(
+            logp, old, None if ref_logp is None else ref_logp[part], advantages[part], mask[part],
+            beta=o.beta if o.kl_in == "loss" else 0.0, clip_low=o.clip_low, clip_high=o.clip_high,
+            responses=len(ids))
         loss.backward()
         for name, value in (stats | {"entropy": entropy.sum() / mask.sum()}).items():
             totals[name] = totals.get(name, 0) + value
-    totals["grad_norm"] = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.max_grad_norm or math.inf)
-    totals = {name: float(value) for name, value in totals.items()}
-    totals["skipped"] = int(not math.isfinite(totals["loss"]) or not math.isfinite(totals["grad_norm"]))
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.max_grad_norm or math.inf)
+    totals = {name: float(value) for name, value in (totals | {"grad_norm": norm}).items()}
+    totals["skipped"] = int(not math.isfinite(totals["loss"] + totals["grad_norm"]))
     if not totals["skipped"]:
         optimizer.step()
+    optimizer.zero_grad()  # now: no gradient stays alive through the next rollouts
     run.policy.eval()
     return totals
 
 
-# ---------------------------------------------------------------- showing what was done
+# Showing what was done
+
 
 def table_row(name: str, scores: dict, header: bool = False) -> str:
-    columns = [k for k in scores if not k.startswith("sampled_") or k in ("sampled_facts", "sampled_accuracy", "sampled_valid")]
+    shown = ("sampled_facts", "sampled_accuracy", "sampled_valid")
+    columns = [k for k in scores if not k.startswith("sampled_") or k in shown]
     head = " " * 9 + "".join(f"{k:>{len(k) + 2}}" for k in columns) + "\n" if header else ""
-    return head + f"{name:>9}" + "".join(f"{math.nan if scores[k] is None else scores[k]:>{len(k) + 2}.3f}" for k in columns) + "\n" if columns else ""
+    values = [math.nan if scores[k] is None else scores[k] for k in columns]
+    cells = "".join(f"{v:>{len(k) + 2}.3f}" for k, v in zip(columns, values))
+    return f"{head}{name:>9}{cells}\n" if columns else ""
 
 
-def show_sample(run, step: int, prompt, ids: list, rewards: list, reward: float):
-    """One whole response on the screen; in samples.jsonl too, with the reward of each token (null where masked) if it has one."""
-    text, spans = spans_from_ids(run.tokenizer, ids)
-    tokens = [text[int(a):math.ceil(b)] for a, b in spans]
-    worst = ", ".join(f"{token!r} {r:.1f}" for r, token in sorted((r, token) for r, token in zip(rewards, tokens) if r is not None)[:3])
-    question = prompt if isinstance(prompt, str) else prompt[-1]["content"]
-    tqdm.write(f"step {step}: {question}\n    {text}\n    reward {reward:.2f} nats per token" + f"; least expected {worst}" * bool(worst), file=sys.stdout)
-    append_line(os.path.join(run.options.output_dir, "samples.jsonl"),
-                {"step": step, "prompt": prompt, "response": text, "reward": reward, "tokens": tokens, "rewards": rewards})
+def show_samples(run: Run, step: int, rows: list, ids, lengths, rewards, counted, stories: list):
+    """With CaT a prompt's story, else two whole responses, on the screen and in samples.jsonl."""
+    samples, lines = stories[:1], []
+    for story in samples:
+        ranked = sorted((r, y) for r, y in zip(story["rewards"], story["rollouts"]) if r == r)
+        lines = [("reference   ", story.get("reference")),
+                 ("rubric      ", " | ".join(story.get("rubric") or []))]
+        lines += [(f"reward {r:5.2f}", y) for r, y in dict.fromkeys(ranked[-1:] + ranked[:1])]
+    for i in (0, len(ids) - 1) if not stories else ():
+        text, spans = spans_from_ids(run.tokenizer, ids[i, : lengths[i]])
+        tokens = [text[int(a) : math.ceil(b)] for a, b in spans]
+        of_tokens = torch.where(counted[i], rewards[i], math.nan).view(-1)[: lengths[i]]
+        samples.append({"prompt": rows[i // run.options.group_size]["prompt"], "response": text,
+                        "reward": of_tokens.nanmean().item(), "tokens": tokens,
+                        "rewards": [round(r, 4) for r in of_tokens.tolist()]})
+        worst = [(r, t) for r, t in zip(of_tokens.tolist(), tokens) if r == r and rewards.dim() > 1]
+        worst = ", ".join(f"{t!r} {r:.1f}" for r, t in sorted(worst)[:3])
+        lines += [(f"reward {samples[-1]['reward']:5.2f}", text), ("unexpected  ", worst)]
+    tqdm.write(f"step {step}: {cat.one_line(question_text(samples[0]['prompt']))}", file=sys.stdout)
+    for name, text in lines:
+        tqdm.write(f"    {name} {cat.one_line(text)}" if text else "", file=sys.stdout, end="\n" * bool(text))
+    for sample in samples:
+        append_line(os.path.join(run.options.output_dir, "samples.jsonl"), {"step": step} | sample)
 
 
-def show_story(run, step: int, story: dict):
-    """A prompt's reference, rubric, best and worst rollout on the screen; the whole story in samples.jsonl."""
-    ranked = sorted((r, text) for r, text in zip(story["rewards"], story["rollouts"]) if r == r)
-    lines = [f"step {step}: {cat.question_text(story['prompt'])}"] + [f"    reference    {story['reference']}"] * (story["reference"] is not None)
-    lines += [f"    rubric       {' | '.join(story['rubric'])}"] if story["rubric"] else []
-    lines += [f"    reward {r:5.2f} {text}" for r, text in dict.fromkeys(ranked[-1:] + ranked[:1])] or ["    no rewards"]
-    tqdm.write("\n".join(line[:4] * line.startswith("    ") + cat.one_line(line.removeprefix("    ")) for line in lines), file=sys.stdout)
-    append_line(os.path.join(run.options.output_dir, "samples.jsonl"), {"step": step} | story)
-
-
-def anchor_skills(run, most: int = 64) -> dict:
-    """What CaT rests on, measured on held-out prompts (else those to train on) before the first step, printed, with a warning for a weak judge.
-
-    Score of one answer against that of the reference, where rows carry facts or answers; rubrics that could be read; the judge on criteria known
-    to be true or false (`cat.judge_skill`).
-    """
-    o, rows = run.options, (run.eval_rows or run.rows)[:most]
-    prompts, skills = [row["prompt"] for row in rows], {}
-    run.anchor.sampling["generator"].manual_seed(2**41 + o.seed)
-    policy = cat.LocalModel(run.policy, run.tokenizer, top_k=o.top_k, top_p=o.top_p, generator=run.anchor.sampling["generator"])
-    rollouts = policy.complete(prompts, n=o.group_size, max_new_tokens=o.max_new_tokens, temperature=o.temperature)
-    references = run.estimate(prompts, rollouts) if o.reward != "rubric-given" else cat.single(prompts, rollouts)
-    if all(text is None for text in references):
-        raise ValueError(f"--estimator {o.estimator} made no reference from the answers to {len(rows)} prompts" + (
-            ", as none has a final answer in \\boxed{}" if o.estimator == "majority" else ""))
-    for name, texts in [("single", cat.single(prompts, rollouts))] + [(o.estimator, references)] * (o.reward != "rubric-given"):
+def anchor_skills(run: Run, most: int = 64) -> dict:
+    """What CaT rests on, measured before the first step on held-out prompts: scores of a single
+    answer and of its reference, rubrics read, the judge on criteria known to be true or false."""
+    o, rows, skills = run.options, (run.eval_rows or run.rows)[:most], {}
+    prompts, seed = [row["prompt"] for row in rows], 8 * o.seed + 5
+    policy = LocalModel(run.policy, run.tokenizer, top_k=o.top_k, top_p=o.top_p)
+    settings = {"max_new_tokens": o.max_new_tokens, "temperature": o.temperature, "seed": seed}
+    rollouts = policy.complete(prompts, n=o.group_size, **settings)
+    named = {"single": cat.single(prompts, rollouts)}
+    if o.reward != "rubric-given":
+        named[o.estimator] = find_references(run, rows, rollouts, seed + 1)
+    references = [*named.values()][-1]
+    if not any(references):
+        raise ValueError(f"--estimator {o.estimator} made no reference from the answers to {len(rows)} "
+                         "prompts: no final answers in \\boxed{}, or too long for the anchor?")
+    for name, texts in named.items():
         scores = score(rows, [text or "" for text in texts], [True] * len(rows))
         skills |= {f"{name}: {k}": scores[k] for k in ("facts", "accuracy") if k in scores}
     if o.reward != "cat-answer":
-        proposed = [cat.propose_rubrics(prompts, references, run.anchor, max_new_tokens=o.rubric_tokens, source=source, temperature=o.temperature)
-                    for source in dict.fromkeys(["reference", o.rubric_from])]              # the judge is tried on criteria known to be true of a reference
-        if o.reward == "cat":
-            if not any(proposed[-1]):
-                raise ValueError(f"none of the anchor's rubrics for {len(rows)} prompts could be read: it needs a stronger --anchor")
-            skills |= {"rubrics read": sum(map(bool, proposed[-1])) / len(rows), "criteria per rubric": sum(map(len, proposed[-1])) / len(rows)}
-        skills |= {f"judge: {k}": v for k, v in cat.judge_skill(references, proposed[0], run.judge).items()}
-        right = (skills["judge: true"] + skills["judge: false"]) / 2
-        if skills["judge: unread"] == 1:
-            raise ValueError("not one of the judge's verdicts could be read: it needs a stronger --judge")
-        if right < 0.85:
-            print(f"the judge is right on {right:.0%} of criteria known to be true or false: a policy learns to please such a judge instead of getting "
-                  f"better; take a stronger --judge", file=sys.stderr)
+        rubrics = cat.propose_rubrics(prompts, references, run.anchor, max_new_tokens=o.rubric_tokens,
+                                      temperature=o.temperature, seed=seed + 2)
+        skills["rubrics read"] = sum(map(bool, rubrics)) / len(rows)
+        skill = cat.judge_skill(references, rubrics, run.judge)
+        skills |= {f"judge: {k}": v for k, v in skill.items()}
+        if o.reward == "cat" and not any(rubrics) or skill["unread"] == 1:
+            raise ValueError("no rubric of the anchor's could be read, or no verdict of the judge's: "
+                             "a stronger --anchor or --judge is needed")
+        if (right := (skill["true"] + skill["false"]) / 2) < 0.85:
+            print(f"the judge is right on {right:.0%} of criteria known to be true or false: a policy "
+                  "learns to please such a judge; take a stronger --judge", file=sys.stderr)
     print("anchor: " + ", ".join(f"{name} {value:.3f}" for name, value in skills.items()))
     return {name: round(value, 4) for name, value in skills.items()}
 
 
-# ---------------------------------------------------------------- the algorithm
+def metrics_of(run: Run, ids, lengths, rewards, counted, advantages, stories, updates) -> dict:
+    """A step's line of metrics.jsonl."""
+    G, B = run.options.group_size, len(ids)
+    groups, seen = advantages.view(B // G, G, -1), counted.view(B // G, G, -1).any(1)
+    verdicts = [v for story in stories for answers in story.get("verdicts", []) for v in answers]
+    reward = torch.where(counted, rewards, 0).view(B, -1).sum(1) / counted.view(B, -1).sum(1)
+    last = ids.gather(1, lengths[:, None] - 1)
+    ended = torch.isin(last, torch.tensor(run.stop_ids, device=ids.device))
+    return {"reward": reward.nanmean().item(), **updates[-1],
+            "skipped": sum(u["skipped"] for u in updates),
+            "missing": 1 - counted.view(B, -1).any(1).float().mean().item(),
+            "length": lengths.float().mean().item(), "truncated": 1 - ended.float().mean().item(),
+            "unread": sum(v is None for v in verdicts) / len(verdicts) if verdicts else 0.0,
+            "flat": ((groups == 0).all(1) & seen).sum().item() / max(1, seen.sum().item())}
 
-def train(run) -> dict:
-    """The whole run, or what is left of it -> the contents of summary.json."""
-    o, device, G = run.options, run.device, run.options.group_size
-    os.makedirs(o.output_dir, exist_ok=True)
-    held = lock(o.output_dir)                                                  # as long as this process runs
-    metrics, samples = (os.path.join(o.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl"))
-    optimizer = torch.optim.AdamW(run.policy.parameters(), lr=o.lr, weight_decay=0.0)
-    start, seconds, saved, skipped = 0, 0.0, checkpoints(o.output_dir), 0
+
+def validation(row: dict) -> float:
+    """Of a line of metrics.jsonl: the greedy held-out score; -1 without one, and at step 0."""
+    held = row.get("held_out") or {}
+    scores = [held[name] for name in ("facts", "accuracy", "rubric") if held.get(name) is not None]
+    return scores[0] if scores and row["step"] else -1
+
+
+# The algorithm
+
+
+def scores_of(run: Run) -> dict:
+    """Held-out scores of the policy as it is."""
+    if not run.eval_rows:
+        return {}
+    policy = LocalModel(run.policy, run.tokenizer, batch_tokens=run.options.batch_tokens)
+    with autocast(run.device):
+        return held_out(policy, run.eval_rows, max_new_tokens=run.options.max_new_tokens,
+                        judge=run.judge)
+
+
+def begin(run: Run, optimizer) -> dict:
+    """A new folder, or the state of its newest checkpoint: what came after it is done again."""
+    o, state = run.options, {"step": 0, "seconds": 0.0, "in_a_row": 0}
+    saved = checkpoints(o.output_dir)
     if saved:
-        state = torch.load(os.path.join(saved[-1], "state.pt"), map_location=device, weights_only=True)
-        optimizer.load_state_dict(state["optimizer"])
-        start, seconds, skipped = state["step"], state["seconds"], state["skipped"]
-    write_atomically(os.path.join(o.output_dir, "config.json"), json.dumps(dataclasses.asdict(o) | {"resume": False}, indent=1))
-    for path in (metrics, samples):                                            # what came after the checkpoint is done again
-        kept = [r for r in read_lines(path) if saved and r["step"] <= start]
-        write_atomically(path, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in kept))
-    began = time.time() - seconds
-
-    def validation(row):                                                       # greedy; rows without a score, and step 0, are no candidates
-        held = row.get("held_out") or {}
-        return next((held[name] for name in ("facts", "accuracy", "rubric") if held.get(name) is not None), -1) if row["step"] else -1
-
-    def scores():
-        with autocast(device):
-            return held_out(run.policy, run.tokenizer, run.eval_rows, max_new_tokens=o.max_new_tokens, stop_ids=run.stop_ids,
-                            judge=run.judge) if run.eval_rows else {}
+        path = os.path.join(saved[-1], "state.pt")
+        state = torch.load(path, map_location=run.device, weights_only=True)
+        optimizer.load_state_dict(state.pop("optimizer"))
+    config = os.path.join(o.output_dir, "config.json")
+    write_atomically(config, json.dumps(asdict(o) | {"resume": False}, indent=1))
+    for path in (os.path.join(o.output_dir, f"{name}.jsonl") for name in ("metrics", "samples")):
+        kept = [row for row in read_lines(path) if saved and row["step"] <= state["step"]]
+        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
     if not saved:
-        append_line(metrics, {"step": 0, "held_out": scores()} | ({"skills": anchor_skills(run)} if run.anchor else {}))
-    print(table_row("step 0", read_lines(metrics)[0]["held_out"], header=True), end="")
-    bar = tqdm(range(start, o.steps), initial=start, total=o.steps, desc=o.reward, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10)
+        skills = {"skills": anchor_skills(run)} if run.anchor else {}
+        held = scores_of(run)
+        append_line(os.path.join(o.output_dir, "metrics.jsonl"), {"step": 0, "held_out": held} | skills)
+    return state
+
+
+def finish(run: Run, seconds: float) -> dict:
+    """summary.json: scores before and after, rewards of the first and last tenth, the model."""
+    o, metrics = run.options, os.path.join(run.options.output_dir, "metrics.jsonl")
+    rows, tenth = list(read_lines(metrics)), max(1, o.steps // 10)
+    first, last = ([r["reward"] for r in part if r["reward"] is not None] or [math.nan]
+                   for part in (rows[1 : 1 + tenth], rows[-tenth:]))
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    if run.device.type == "cuda":
+        memory = torch.cuda.max_memory_allocated(run.device) / 2**20
+    best = checkpoints(o.output_dir, "best") if o.keep == "best" else []
+    model = (best or checkpoints(o.output_dir))[-1]
+    after = rows[int(model.rsplit("-", 1)[1])].get("held_out") or scores_of(run)
+    result = {"before": rows[0]["held_out"] | {"reward": sum(first) / len(first)},
+              "after": after | {"reward": sum(last) / len(last)}, "seconds": round(seconds, 1),
+              "steps": o.steps, "skipped": sum(r["skipped"] for r in rows[1:]), "seed": o.seed,
+              "peak_memory_mb": round(memory), "model": model}
+    write_atomically(os.path.join(o.output_dir, "summary.json"), json.dumps(result, indent=1))
+    return result
+
+
+def record(run, optimizer, step: int, row: dict, state: dict):
+    """What is due after a step: held-out scores, its line in metrics.jsonl, a checkpoint."""
+    o, last = run.options, step + 1 == run.options.steps
+    metrics, parts = os.path.join(o.output_dir, "metrics.jsonl"), (run.policy, run.tokenizer)
+    if last or (o.eval_every and (step + 1) % o.eval_every == 0):
+        row["held_out"] = scores_of(run)
+        tqdm.write(table_row(f"step {step + 1}", row["held_out"]), end="", file=sys.stdout)
+        if o.keep == "best" and validation(row) > max(map(validation, read_lines(metrics))):
+            save_checkpoint(o.output_dir, step + 1, *parts, {"step": step + 1}, "best")
+    append_line(metrics, row)
+    if last or (step + 1) % o.save_every == 0 or state["in_a_row"] >= 10:
+        state = state | {"optimizer": optimizer.state_dict(), "step": step + 1}
+        model = save_checkpoint(o.output_dir, step + 1, *parts, state)
+    if state["in_a_row"] >= 10:
+        raise FloatingPointError(f"loss or gradient were not finite in ten updates in a row; the "
+                                 f"weights from before them are in {model}: lower --lr")
+
+
+def train(run: Run) -> dict:
+    """The whole run, or what is left of it -> the contents of summary.json."""
+    o, G = run.options, run.options.group_size
+    os.makedirs(o.output_dir, exist_ok=True)
+    held = lock(o.output_dir)
+    optimizer = torch.optim.AdamW(run.policy.parameters(), lr=o.lr, weight_decay=0.0)
+    state = begin(run, optimizer)
+    began = time.time() - state["seconds"]
+    print(table_row("step 0", next(read_lines(f"{o.output_dir}/metrics.jsonl"))["held_out"], True), end="")
+    bar = progress(range(state["step"], o.steps), initial=state["step"], total=o.steps, desc=o.reward)
     for step in bar:
-        clock = time.time()
+        clock, rows = time.time(), prompts_of_step(run.rows, o.prompts_per_step, o.seed, step)
 
-        # 1. G responses to each of P prompts. Seeded by the step, so that a resumed run needs no random state
-        rows = prompts_of_step(run.rows, o.prompts_per_step, o.seed, step)
-        prompt_ids = [grpo.chat_ids(run.tokenizer, row["prompt"]) for row in rows]
-        with autocast(device):
-            ids, lengths = grpo.sample(run.policy, prompt_ids, G, max_new_tokens=o.max_new_tokens, temperature=o.temperature, top_k=o.top_k,
-                                       top_p=o.top_p, stop_ids=run.stop_ids, generator=torch.Generator(device).manual_seed(o.seed * 1_000_003 + step))
-        prompt_ids = [p for p in prompt_ids for _ in range(G)]                 # B, one per response
+        # 1. G responses to each of P prompts
+        prompt_ids, ids, lengths = rollout(run, rows, step)
+        batch = prompt_ids, ids, lengths
 
-        # 2. what the verifier thinks of each, or the reference, and how that compares with the rest of its group
-        if run.anchor:
-            run.anchor.sampling["generator"].manual_seed(2**40 + o.seed * 1_000_003 + step)              # other noise than the rollouts'
-        rewards, counted, stories = step_rewards(run, rows, ids, lengths)
+        # 2. what the verifier thinks of each, or the reference, within its group
+        rewards, counted, stories = step_rewards(run, rows, ids, lengths, 8 * (o.seed * 1_000_003 + step))
+        ref_logp = logprobs(run, run.reference, *batch) if o.beta else None
+        again = o.updates_per_rollout > 1 or (o.beta and o.kl_in == "reward")
+        old_logp = logprobs(run, run.policy, *batch) if again else None  # else: the policy's own
         if rewards.dim() == 2:
             advantages = grpo.position_advantages(rewards, counted, G, scale=o.scale)
         else:
-            shifted = with_kl(run, rewards, prompt_ids, ids, lengths) if o.kl_in == "reward" and o.beta else rewards
-            advantages = grpo.group_advantages(shifted, G, scale=o.scale)
+            kl = (old_logp - ref_logp).sum(1) if o.beta and o.kl_in == "reward" else 0
+            advantages = grpo.group_advantages(rewards - o.beta * kl, G, scale=o.scale)
 
         # 3. clipped steps towards the better ones, held back by the reference
-        old_logp = {}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(o, step)
-        updates = [update(run, optimizer, prompt_ids, ids, lengths, advantages, old_logp) for _ in range(o.updates_per_rollout)]
-        for stats in updates:
-            skipped = skipped + 1 if stats["skipped"] else 0                   # in a row
+        updates = [update(run, optimizer, *batch, old_logp, ref_logp, advantages)
+                   for _ in range(o.updates_per_rollout)]
 
-        # 4. say how it went
-        taken, per_group, seen = time.time() - clock, advantages.view(len(rows), G, -1), counted.view(len(rows), G, -1).any(1)
-        verdicts = [v for story in stories for answers in story["verdicts"] or [] for v in answers]
-        asked, unread = len(verdicts), sum(v is None for v in verdicts)
-        reward = torch.where(counted, rewards, 0).view(len(ids), -1).sum(1) / counted.view(len(ids), -1).sum(1)   # [B] mean, NaN if none counts
-        ended = torch.isin(ids.gather(1, lengths[:, None] - 1), torch.tensor(run.stop_ids, device=device))
-        row = {"step": step + 1, "reward": reward.nanmean().item(), **updates[-1], "skipped": sum(u["skipped"] for u in updates),
-               "missing": 1 - counted.view(len(ids), -1).any(1).float().mean().item(),
-               "length": lengths.float().mean().item(), "truncated": 1 - ended.float().mean().item(),
-               **({"unread": unread / max(1, asked)} if stories else {}),
-               "flat": ((per_group == 0).all(1) & seen).sum().item() / max(1, seen.sum().item()), "lr": learning_rate(o, step),
-               "seconds": taken, "tokens_per_second": lengths.sum().item() / taken}
-        bar.set_postfix_str(f"reward {row['reward']:.2f}, KL {row['kl']:.3f}, length {row['length']:.0f}, {row['tokens_per_second']:.0f} tokens/s"
-                            + f", {skipped} SKIPPED" * bool(skipped), refresh=False)
-        if step % o.sample_every == 0 and stories:
-            show_story(run, step + 1, stories[0])
-        elif step % o.sample_every == 0:
-            for i in (0, len(ids) - 1):
-                of_tokens = [round(r, 4) if c else None for r, c in zip(rewards[i].tolist(), counted[i].tolist())] if rewards.dim() == 2 else []
-                show_sample(run, step + 1, rows[i // G]["prompt"], ids[i, :lengths[i]].tolist(), of_tokens[:lengths[i]], reward[i].item())
-        if step + 1 == o.steps or (o.eval_every and (step + 1) % o.eval_every == 0):
-            row["held_out"] = scores()
-            tqdm.write(table_row(f"step {step + 1}", row["held_out"]), end="", file=sys.stdout)
-            if o.keep == "best" and validation(row) > max(map(validation, read_lines(metrics))):
-                save_checkpoint(o.output_dir, step + 1, run.policy, run.tokenizer, {"step": step + 1}, "best")
-        append_line(metrics, row)
-        if step + 1 == o.steps or (step + 1) % o.save_every == 0 or skipped >= 10:
-            model = save_checkpoint(o.output_dir, step + 1, run.policy, run.tokenizer,
-                                    {"optimizer": optimizer.state_dict(), "step": step + 1, "seconds": time.time() - began, "skipped": skipped})
-        if skipped >= 10:
-            raise FloatingPointError(f"loss or gradient were not finite in ten updates in a row, up to step {step + 1}; the weights from before "
-                                     f"them are in {model}. Lower --lr, or look at {metrics}")
-    rows, tenth = read_lines(metrics), max(1, o.steps // 10)
-    first, last = ([r["reward"] for r in part if r["reward"] is not None] for part in (rows[1:1 + tenth], rows[-tenth:]))
-    memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else \
-        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-    model = ((checkpoints(o.output_dir, "best") if o.keep == "best" else []) or checkpoints(o.output_dir))[-1]      # none is best without a score
-    final = rows[int(model.rsplit("-", 1)[1])]
-    result = {"before": rows[0]["held_out"] | {"reward": sum(first) / max(1, len(first))},
-              "after": (final.get("held_out") or scores()) | {"reward": sum(last) / max(1, len(last))},
-              "seconds": round(time.time() - began, 1), "steps": o.steps, "skipped": sum(r["skipped"] for r in rows[1:]), "seed": o.seed,
-              "peak_memory_mb": round(memory), "model": model}
-    write_atomically(os.path.join(o.output_dir, "summary.json"), json.dumps(result, indent=1))
+        # 4. how it went
+        for u in updates:
+            state["in_a_row"] = state["in_a_row"] + 1 if u["skipped"] else 0
+        row = {"step": step + 1, **metrics_of(run, ids, lengths, rewards, counted, advantages, stories,
+                                              updates)}
+        taken = time.time() - clock
+        row |= {"lr": learning_rate(o, step), "seconds": taken,
+                "tokens_per_second": lengths.sum().item() / taken}
+        bar.set_postfix_str(f"reward {row['reward']:.2f}, KL {row['kl']:.3f}, length "
+                            f"{row['length']:.0f}" + ", SKIPPED" * row["skipped"], refresh=False)
+        if step % o.sample_every == 0:
+            show_samples(run, step + 1, rows, ids, lengths, rewards, counted, stories)
+        record(run, optimizer, step, row, state | {"seconds": time.time() - began})
+    result = finish(run, time.time() - began)
     held.close()
     return result
 
 
 def main():
-    def stop(status, message):
-        print(f"train.py: {message}", file=sys.stderr)
-        sys.exit(status)
-    try:
-        options = parse(sys.argv[1:])
-        result, finished = None, os.path.join(options.output_dir, "summary.json")
-        if options.resume and os.path.exists(finished):
-            with open(finished, encoding="utf-8") as f:
-                result = json.load(f)
-        if result and result["steps"] >= options.steps:
-            print("this run had finished, nothing was done; more --steps would continue it")
-        else:
-            run = prepare(options)
-            print(json.dumps(dataclasses.asdict(options)))
-            result = train(run)
-    except (ValueError, OSError) as e:
-        stop(2, e)
-    except FloatingPointError as e:
-        stop(1, e)
-    except torch.OutOfMemoryError as e:
-        stop(1, f"{str(e).splitlines()[0]} --resume with a smaller --micro_batch, --gradient_checkpointing or fewer --max_new_tokens")
-    except KeyboardInterrupt:
-        stop(130, "stopped; --resume continues from the last checkpoint")
-    print(table_row("before", result["before"], header=True) + table_row("after", result["after"])
-          + f"{result['steps']} steps in {result['seconds']:.0f} s, at most {result['peak_memory_mb']} MB. The model is in {result['model']}; "
-            f"beside it are config.json, metrics.jsonl, samples.jsonl and summary.json.")
+    o = parse_options()
+    result = read_json(os.path.join(o.output_dir, "summary.json"))
+    if result and o.resume and result["steps"] >= o.steps:
+        print("this run had finished, nothing was done; more --steps would continue it")
+    else:
+        run = prepare(o)
+        print(json.dumps(asdict(o)))
+        result = train(run)
+    print(table_row("before", result["before"], True) + table_row("after", result["after"])
+          + f"{result['steps']} steps in {result['seconds']:.0f} s, at most {result['peak_memory_mb']} "
+          f"MB. The model is in {result['model']}; beside it are config.json, metrics.jsonl, "
+          "samples.jsonl and summary.json.")
 
 
 if __name__ == "__main__":
-    main()
+    one_clear_line(main, "train.py", "--resume continues from the last checkpoint")

@@ -189,8 +189,6 @@ def oracle_bytes(name, tokenizer, ids):
             parts.append(token.encode() if i in tokenizer.added_tokens_decoder else bytes(unicode_to_byte[ch] for ch in token))
         elif name in FALLBACK and len(token) == 6 and token.startswith("<0x"):
             parts.append(bytes([int(token[3:5], 16)]))
-        elif name.startswith("bert"):
-            parts.append(token[2:].encode() if token.startswith("##") else (token if token in ".,!?" and any(parts) else " " + token).encode())
         else:
             parts.append(token.replace("▁", " ").encode())
     full = [t for t, part in enumerate(parts) if part]
@@ -302,9 +300,6 @@ def test_spans_by_hand():
     tokens = ["</s>", "▁", "▁the", "▁", "<0xF0>", "<0x9F>"]
     text, spans = spans_from_ids(tokenizer, tokenizer.convert_tokens_to_ids(tokens))
     assert text == " the \ufffd" and spans.tolist() == [[0, 0], [0, 0], [0, 4], [4, 5], [5, 5.5], [5.5, 6]]
-    tokenizer = make("bert")
-    text, spans = spans_from_ids(tokenizer, tokenizer.convert_tokens_to_ids(["[CLS]", "the", "cat", "##s", ",", "[SEP]", "a"]))
-    assert text == "the cats, a" and spans.tolist() == [[0, 0], [0, 3], [3, 7], [7, 8], [8, 9], [9, 9], [9, 11]]
 
 
 def test_ten_nats_out_of_four():
@@ -388,8 +383,6 @@ def test_spans_from_any_text(name, text):
     ("unigram_nfkc", "x\u00a0y", "▁ x ▁ y", [0, 0, 1, 2, 3]),  # a space that was another one in the text
     ("bpe_never", " the日", "▁the <unk>", [0, 4, 5]),
     ("bpe_unk", "a日本b", "▁a <unk> b", [0, 1, 3, 4]),
-    ("bert", "  Hello,  İo ", "hello , i ##o", [0, 7, 8, 11, 13]),
-    ("bert", "Cafe\u0301 the", "cafe the", [0, 5, 9]),
 ])
 def test_spans_from_text_by_hand(name, text, tokens, expected):
     tokenizer = make(name)
@@ -469,7 +462,7 @@ def test_special_ids():
 
 
 @pytest.mark.parametrize("decoder, message", [
-    (None, "no decoder"), (decoders.BPEDecoder(), "BPEDecoder"), (decoders.CTC(), "CTC"), (decoders.Fuse(), "neither"),
+    (None, "no fast backend with a decoder"), (decoders.BPEDecoder(), "BPEDecoder"), (decoders.CTC(), "CTC"), (decoders.WordPiece(), "WordPiece"), (decoders.Fuse(), "neither"),
     (decoders.Strip(" ", 2, 0), "Strip"), (decoders.Sequence([decoders.Replace("▁", " "), decoders.Strip(" ", 1, 0)]), "Strip"),
     (decoders.Replace("_", "-"), "Replace"), (decoders.Sequence([decoders.ByteLevel(), decoders.Metaspace()]), "neither"),
 ])

@@ -148,14 +148,14 @@ def test_stop_ids_say_what_a_stop_token_is(toy):
 
 
 def test_what_the_verifier_cannot_read_is_masked(toy):
-    """A WordPiece verifier drops control characters: a response of nothing else has no verifier token, and no reward of 0 to win with."""
+    """Some verifiers drop control characters: a response of nothing else has no verifier token, and no reward of 0 to win with."""
     from tokenizers_for_tests import make
     from transformers import LlamaConfig, LlamaForCausalLM
     _, tokenizer = toy["generator"]
-    reader = make("bert")
+    reader = make("unigram_drops")
     model = LlamaForCausalLM(LlamaConfig(vocab_size=len(reader), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)).eval()
-    assert not spans_from_text(reader, "\x01\x02")[0]
-    ids, lengths = pad([tokenizer("\x01\x02").input_ids, tokenizer("Mia").input_ids])
+    assert not spans_from_text(reader, "\x01\x01")[0]
+    ids, lengths = pad([tokenizer("\x01\x01").input_ids, tokenizer("Mia").input_ids])
     rewards, mask = cme.token_rewards(model, reader, tokenizer, [PROMPT] * 2, ids, lengths)
     assert not mask[0].any() and not rewards[0].any() and mask[1].any()
 

@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import huggingface_hub.constants
 import pytest
 
-from cat import LONGEST, Endpoint, parse_endpoint
+from plumbing.models import LONGEST, Endpoint, parse_endpoint
 
 
 # ---------------------------------------------------------------- a server that fails on purpose

@@ -74,16 +74,6 @@ def _unigram(normalizer=None):
     return _wrap(backend, unk_token="<unk>", bos_token="<bos>")
 
 
-def _word_piece(lowercase=True):
-    backend = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    backend.decoder = decoders.WordPiece("##")
-    special = ["[UNK]", "[CLS]", "[SEP]"]
-    backend.train_from_iterator(CORPUS, trainers.WordPieceTrainer(vocab_size=250, special_tokens=special, show_progress=False))
-    return _wrap(backend, "[SEP]", unk_token="[UNK]", cls_token="[CLS]")
-
-
 def _data(name):
     found = importlib.util.find_spec("mistral_common")
     path = Path(found.submodule_search_locations[0], "data", name) if found else None
@@ -179,8 +169,7 @@ BUILD = {
     "bpe_never": lambda: _sentencepiece(decoders.Metaspace("▁", "never"), None, pre_tokenizers.Metaspace("▁", "never"), fallback=False),
     "unigram": lambda: _unigram(),
     "unigram_nfkc": lambda: _unigram(normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(" {2,}"), " ")])),
-    "bert": lambda: _word_piece(),
-    "bert_cased": lambda: _word_piece(lowercase=False),
+    "unigram_drops": lambda: _unigram(normalizers.Replace("\x01", "")),
     "tekken": lambda: _tekken("tekken_240911.json"),
     "mistral_v1": lambda: _spm("tokenizer.model.v1", metaspace=False),
     "mistral_v3": lambda: _spm("mistral_instruct_tokenizer_240323.model.v3", metaspace=True),

@@ -1,0 +1,28 @@
+"""All that the papers do not speak of: models, prompt files, files."""
+
+import os
+import sys
+
+import torch
+from tqdm import tqdm
+
+
+def one_clear_line(main, script: str, again: str = "the same command continues"):
+    """Runs main().  A user's mistake ends in one line and status 2, Ctrl-C in 130, trouble in 1."""
+    try:
+        return main()
+    except (ValueError, OSError) as e:
+        status, line = 2, str(e)
+    except KeyboardInterrupt:
+        status, line = 130, f"stopped; {again}"
+    except (FloatingPointError, torch.OutOfMemoryError) as e:
+        status, line = 1, f"{str(e).splitlines()[0]} ({again})"
+    print(f"{script}: {line}", file=sys.stderr)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(status)  # at once: no thread that waits for a server holds this up
+
+
+def progress(items, **settings):
+    """A progress bar; a line every ten seconds where nobody is watching."""
+    watched = sys.stderr.isatty()
+    return tqdm(items, dynamic_ncols=True, mininterval=0.2 if watched else 10, **settings)

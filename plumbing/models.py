@@ -1,0 +1,332 @@
+"""Models: loading, chat templates, stop tokens; *text models*, on this machine or behind a server.
+
+A text model has complete(prompts, *, n, max_new_tokens, temperature, seed) -> P lists of n texts or
+None; a local one also logprob(prompts, texts) -> [B] and yes_probability(prompts) -> [B].
+"""
+
+import logging
+import re
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from itertools import islice
+from typing import NamedTuple
+from urllib.parse import urlsplit
+
+import torch
+
+import grpo
+from plumbing.prompts import messages_of
+
+PLAIN_TEMPLATE = "{role}:\n{content}\n\n"  # for base models: "User:\nHi\n\nAssistant:\n"
+LONGEST = 1_000_000  # characters of a server's answer; the rest is cut
+
+
+def load_model(path: str, *, train: bool, device):
+    """A causal language model from a folder or by its hub name, in eval mode, without dropout.
+
+    train: float32 weights with gradients (AdamW at 1e-6 changes nothing in bf16); else frozen, bf16
+    on CUDA.  ValueError: `grpo.model_logits` does not give the model's own logits."""
+    from transformers import AutoModelForCausalLM
+    exact = train or torch.device(device).type == "cpu"
+    dtype = torch.float32 if exact else torch.bfloat16
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
+    for module in model.requires_grad_(train).modules():  # checkpointing wants training mode
+        for name, value in vars(module).items():
+            if type(value) is float and ("dropout" in name or isinstance(module, torch.nn.Dropout)):
+                setattr(module, name, 0.0)
+    ids = torch.arange(8, device=device)[None] % model.config.get_text_config().vocab_size
+    with torch.no_grad():
+        own = model(input_ids=ids).logits.float()
+        ours = grpo.model_logits(model, model.base_model(input_ids=ids).last_hidden_state)
+    size = own[own.abs() < 1e30].abs().max().item()  # some models mask logits with -inf or so
+    if not torch.allclose(own, ours, rtol=1e-3, atol=(1e-4 if exact else 2e-2) * size):
+        raise ValueError(f"{type(model).__name__} transforms its logits: teach grpo.model_logits how")
+    return model
+
+
+def load_tokenizer(path: str):
+    """The tokenizer of a model, from a folder or by its hub name."""
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(path)
+
+
+def load(what: str, path: str, device, train: bool = False):
+    """`load_model` (None without a device), `load_tokenizer`; ValueError in one line from `what`."""
+    from transformers.utils import logging as model_logging
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our line says it all
+    model_logging.set_verbosity_error()
+    model_logging.disable_progress_bar()
+    try:
+        return device and load_model(path, train=train, device=device), load_tokenizer(path)
+    except Exception as e:  # broken files, no network, unknown architectures ...
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
+        raise ValueError(f"{what} {path}: cannot be loaded, {why} (it must be a folder with a model, "
+                         "or the name of one on the hub and a network)") from None
+
+
+def pick_device(name: str = ""):
+    """The device of that name, or CUDA if there is one.  ValueError if it cannot be used."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError) as e:
+        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
+
+
+def use_threads(models: list, threads: int = 0):
+    """CPU threads; 0: one if all models are small, on a CPU (more only hurt), else as it was."""
+    def small(m):
+        return m.device.type == "cpu" and sum(p.numel() for p in m.parameters()) < 10e6
+    if threads or all(map(small, models)):
+        torch.set_num_threads(threads or 1)
+
+
+def context_of(model) -> float:
+    """The longest sequence that a model can read, in tokens."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+
+
+def token_budget(device) -> int:
+    """How many tokens, padding included, one batch may hold without gradients."""
+    return 131_072 if torch.device(device).type == "cuda" else 16_384
+
+
+def batches(sizes: list, budget: int, longest=float("inf"), n: int = 1) -> list:
+    """Numbers of the items in each batch: like sizes together, at most `budget` tokens with padding,
+    but at least one item; each stands for n rows; what exceeds `longest` is left out.
+    sizes (5, 2, 9, 2), budget 6 -> [[1, 3], [0], [2]]."""
+    parts = []
+    for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
+        if sizes[i] > longest:
+            break
+        if not parts or (len(parts[-1]) + 1) * n * sizes[i] > budget:
+            parts.append([])
+        parts[-1].append(i)
+    return parts
+
+
+def chat_ids(tokenizer, prompt) -> list:
+    """Ids of a prompt up to where the assistant's answer starts, under the tokenizer's chat template
+    (in one call: rendering and encoding would double the BOS), without thinking where it has that.
+    Without a template: PLAIN_TEMPLATE for each message.  ValueError: the template refuses it."""
+    messages = messages_of(prompt)
+    if tokenizer.chat_template:
+        from jinja2 import TemplateError
+        settings = {"add_generation_prompt": True, "return_dict": False, "enable_thinking": False}
+        try:
+            return list(tokenizer.apply_chat_template(messages, tokenize=True, **settings))
+        except TemplateError as e:
+            name = tokenizer.name_or_path
+            raise ValueError(f"the chat template of {name} refuses the prompt: {e}") from e
+    turns = (m | {"role": m["role"].capitalize()} for m in messages)
+    text = "".join(PLAIN_TEMPLATE.format(**turn) for turn in turns) + "Assistant:\n"
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return bos + tokenizer(text, add_special_tokens=False).input_ids
+
+
+def end_of_turn(tokenizer):
+    """The id that ends an assistant's turn: the first special token behind its content in the chat
+    template, else the tokenizer's EOS; None if it has none."""
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "xyzzy"}]
+        tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("xyzzy")[2]
+        named, added = tokenizer.all_special_ids, tokenizer.added_tokens_decoder.items()
+        special = {str(t): i for i, t in added if (t.special or i in named) and str(t) in tail}
+        if special:
+            return special[min(special, key=lambda token: (tail.find(token), -len(token)))]
+    return tokenizer.eos_token_id
+
+
+def find_stop_ids(model, tokenizer) -> list:
+    """All ids that end a response: generation_config.eos_token_id (one or a list; nothing else is
+    ever taken from there), the tokenizer's EOS, the end of the turn.  ValueError: there is none."""
+    eos = getattr(model.generation_config, "eos_token_id", None)
+    eos = set(eos) if isinstance(eos, (list, tuple)) else {eos}
+    ids = (eos | {tokenizer.eos_token_id, end_of_turn(tokenizer)}) - {None}
+    if not ids:
+        raise ValueError(f"{tokenizer.name_or_path}: names no stop token; set tokenizer.eos_token")
+    return sorted(ids)
+
+
+def without_stop(ids: torch.Tensor, lengths: torch.Tensor, stop_ids):
+    """ids [B, T], lengths [B] -> B lists of ids without a stop token at the end; B bools, had one."""
+    rows = [y[:n] for y, n in zip(ids.tolist(), lengths.tolist())]
+    stopped = [bool(y) and y[-1] in stop_ids for y in rows]
+    return [y[:-1] if end else y for y, end in zip(rows, stopped)], stopped
+
+
+def response_texts(tokenizer, ids: torch.Tensor, lengths: torch.Tensor, stop_ids):
+    """ids [B, T], lengths [B] -> texts without their stop tokens, and whether each had one."""
+    rows, stopped = without_stop(ids, lengths, stop_ids)
+    return [tokenizer.decode(y, skip_special_tokens=True) for y in rows], stopped
+
+
+class Reply(NamedTuple):
+    """A text, or None and why; `failed`: another time it may be had."""
+    text: str | None
+    error: str = ""
+    failed: bool = False
+    stopped: bool = False
+    tokens: int = 0
+
+
+class TextModel:
+    """`complete` for what has `stream(prompts, *, n, ...)`, which yields (i * n + g, Reply)."""
+
+    def complete(self, prompts: list, *, n=1, max_new_tokens: int, temperature=1.0, seed=0) -> list:
+        """n answers to each of P prompts -> P lists of n texts, None where none was to be had."""
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        replies = dict(self.stream(prompts, n=n, **settings))
+        return [[replies[i * n + g].text for g in range(n)] for i in range(len(prompts))]
+
+
+class LocalModel(TextModel):
+    """A text model from a transformers causal language model and its tokenizer.
+
+    Special tokens spelled out in a prompt ("<|im_end|>") are broken up: no text ends its own turn.
+    What does not fit the model's context is missing: None from `complete`, NaN from the others."""
+
+    def __init__(self, model, tokenizer, *, top_k=0, top_p=1.0, batch_tokens: int = 0):
+        self.model, self.tokenizer, self.context = model, tokenizer, context_of(model)
+        self.batch_tokens = batch_tokens or token_budget(model.device)
+        self.stop_ids = find_stop_ids(model, tokenizer)
+        self.sampling = {"top_k": top_k, "top_p": top_p, "stop_ids": self.stop_ids}
+        special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
+        special = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")
+
+    def plain(self, text: str) -> str:
+        return self.special.sub(lambda m: m[0][0] + " " + m[0][1:], text)
+
+    def prompt_ids(self, prompt) -> list:
+        messages = [m | {"content": self.plain(m["content"])} for m in messages_of(prompt)]
+        return chat_ids(self.tokenizer, messages)
+
+    def stream(self, prompts, *, n=1, max_new_tokens: int, temperature=1.0, seed=0, skip=()):
+        """Yields (i * n + g, Reply), a batch at a time, each seeded by itself: without the prompts
+        in `skip` the rest comes out as it would have."""
+        ids = [self.prompt_ids(prompt) for prompt in prompts]
+        sizes = [len(row) + max_new_tokens for row in ids]
+        for i in (i for i, size in enumerate(sizes) if size > self.context and i not in skip):
+            why = f"{sizes[i]} tokens with --max_new_tokens exceed the context of {self.context}"
+            yield from ((i * n + g, Reply(None, why)) for g in range(n))
+        for b, part in enumerate(batches(sizes, self.batch_tokens, self.context, n)):
+            if set(part) <= set(skip):
+                continue
+            noise = torch.Generator(self.model.device).manual_seed(seed * 1_000_003 + b)
+            settings = self.sampling | {"temperature": temperature, "generator": noise}
+            y, lengths = grpo.sample(self.model, [ids[i] for i in part], n,
+                                     max_new_tokens=max_new_tokens, **settings)
+            texts, stopped = response_texts(self.tokenizer, y, lengths, self.stop_ids)
+            for k, (text, end, size) in enumerate(zip(texts, stopped, lengths.tolist())):
+                if part[k // n] not in skip:
+                    yield part[k // n] * n + k % n, Reply(text, stopped=end, tokens=size)
+
+    @torch.no_grad()
+    def logprob(self, prompts: list, texts: list) -> torch.Tensor:
+        """Mean log-probability of each text's tokens, without a stop token -> [B]; NaN if empty."""
+        before, result = [self.prompt_ids(p) for p in prompts], torch.full((len(texts),), torch.nan)
+        after = [self.tokenizer(self.plain(t), add_special_tokens=False).input_ids for t in texts]
+        sizes = [len(b) + len(a) for b, a in zip(before, after)]
+        for part in batches(sizes, self.batch_tokens, self.context):
+            ids, lengths = grpo.pad([after[i] for i in part], self.model.device)
+            logp = grpo.token_logprobs(self.model, [before[i] for i in part], ids, lengths)
+            result[part] = (logp.sum(1) / lengths).cpu()
+        return result
+
+    @torch.no_grad()
+    def yes_probability(self, prompts: list) -> torch.Tensor:
+        """p(yes) / (p(yes) + p(no)) of the reply's first token, in the spellings that are one token
+        -> [B]; NaN if both together are under 0.1.  ValueError: there are no such tokens."""
+        words = []
+        for spellings in (["yes", "Yes", "YES", " yes", " Yes"], ["no", "No", "NO", " no", " No"]):
+            ids = self.tokenizer(spellings, add_special_tokens=False).input_ids
+            words.append(sorted({word[0] for word in ids if len(word) == 1}))
+        if not all(words) or set(words[0]) & set(words[1]):
+            raise ValueError(f"{self.tokenizer.name_or_path} has no single tokens for yes and no: it "
+                             "cannot be a local judge")
+        rows, result = [self.prompt_ids(p) for p in prompts], torch.full((len(prompts),), torch.nan)
+        for part in batches(list(map(len, rows)), self.batch_tokens, self.context):
+            ids, lengths = grpo.pad([rows[i] for i in part], self.model.device)
+            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden = hidden[torch.arange(len(part)), lengths - 1]  # [b, D]
+            p = grpo.model_logits(self.model, hidden).softmax(-1)  # [b, V]
+            yes, no = (p[:, ids].sum(1) for ids in words)
+            result[part] = torch.where(yes + no >= 0.1, yes / (yes + no), torch.nan).cpu()
+        return result
+
+
+def parse_endpoint(name: str):
+    """"MODEL@URL" -> (model, url), split at the last "@http"; ValueError, without any password."""
+    model, _, rest = name.rpartition("@http")
+    if not model or not re.fullmatch(r"s?://[\w.-]+(:\d+)?(/[^\s?@]*)?|s?://\[[\da-f:]+\].*", rest):
+        raise ValueError(f"{model or 'it'}@... is not MODEL@URL with a URL like "
+                         "http://127.0.0.1:8000/v1 (a key does not go into the URL)")
+    return model, "http" + rest
+
+
+class Endpoint(TextModel):
+    """A text model behind an OpenAI-compatible server: the `openai` package, its retries, pauses and
+    time-outs (seconds).  last_error: a line about the latest failure."""
+
+    def __init__(self, model: str, url: str, *, key=None, concurrency=8, timeout=60.0, retries=4):
+        try:
+            import openai
+        except ImportError:
+            raise ValueError(f"{model}@{url} needs a package: pip install openai") from None
+        self.model, self.name, self.concurrency = model, f"{model} at {url}", concurrency
+        self.key, self.last_error, self.answered, self.refused = key or "none", "", False, set()
+        settings = {"timeout": timeout, "max_retries": retries}
+        self.client = openai.OpenAI(base_url=url, api_key=self.key, **settings)
+
+    def stream(self, prompts, *, n=1, max_new_tokens: int, temperature=1.0, seed=0):
+        """Yields (i * n + g, Reply) as they come; of `prompts`, any iterable, few are held.  Each is
+        a request of its own, as many servers ignore `n` (and `seed`, which is not sent)."""
+        pool, running = ThreadPoolExecutor(self.concurrency), {}
+        todo = enumerate(prompt for prompt in prompts for _ in range(n))
+        try:
+            while True:
+                for k, prompt in islice(todo, 2 * self.concurrency - len(running)):
+                    running[pool.submit(self.ask, prompt, max_new_tokens, temperature)] = k
+                if not running:
+                    return
+                for request in wait(running, return_when=FIRST_COMPLETED).done:
+                    yield running.pop(request), request.result()  # the first error ends it all
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def ask(self, prompt, max_new_tokens: int, temperature: float) -> Reply:
+        """One answer.  ValueError: wrong key, model or URL (401 or 404 before any answer)."""
+        import openai
+        send = {"max_tokens": max_new_tokens, "temperature": temperature}
+        send = {name: value for name, value in send.items() if name not in self.refused}
+        other = {} if "max_tokens" in send else {"max_completion_tokens": max_new_tokens}
+        chat = {"model": self.model, "messages": messages_of(prompt)} | send | other
+        try:
+            text = self.client.chat.completions.create(**chat).choices[0].message.content
+            self.answered = True
+            return Reply(text[:LONGEST].encode(errors="replace").decode())
+        except openai.APIStatusError as e:
+            status, error = e.status_code, f"{e.status_code}, {e.message}"
+            if status in (401, 404) and not self.answered:  # later it is this prompt's trouble
+                why = "wrong key, model or URL"
+                raise ValueError(f"{self.name} answers with HTTP status {status}: {why}") from None
+            refused = {name for name in send if status == 400 and f"'{name}'" in error}
+            if refused:  # OpenAI's newer models take neither, and say so
+                self.refused |= refused
+                return self.ask(prompt, max_new_tokens, temperature)
+            failed = status in (401, 402, 403, 404, 408, 409, 429) or status >= 500
+        except openai.APIConnectionError as e:
+            slow, failed = isinstance(e, openai.APITimeoutError), True
+            error = "time-out" if slow else f"connection, {e.__cause__ or e}"
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as e:
+            error, failed = f"unreadable, {type(e).__name__}: {e}", True
+        error = " ".join(error.replace(self.key, "***").split())[:250]
+        self.last_error = f"{self.name}: {error}"
+        return Reply(None, error, failed)
+
+
+def text_model(what: str, name: str, device, *, key=None, **settings):
+    """A text model by its name: a folder, a hub name, or MODEL@URL.  Errors start with `what`."""
+    if "@http" in name:
+        return Endpoint(*parse_endpoint(name), key=key)
+    return LocalModel(*load(what, name, device), **settings)

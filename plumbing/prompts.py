@@ -1,0 +1,155 @@
+"""Prompt files, and the data sets of the papers by name."""
+
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import sys
+
+from plumbing.files import parse_json
+
+ULTRA = "evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat"
+HUB = {  # name: repository on the hub, its files
+    "alpaca_eval": ("tatsu-lab/alpaca_eval", ["alpaca_eval.json"]),
+    "math500": ("HuggingFaceH4/MATH-500", ["test.jsonl"]),
+    "healthbench": ("openai/healthbench", ["2025-05-07-06-14-12_oss_eval.jsonl"]),
+    "ultrafeedback": ("openbmb/UltraFeedback", [name + ".jsonl" for name in ULTRA]),
+}
+FIELDS = ("prompt", "instruction", "problem")  # under which names a prompt may stand in a row
+
+
+def messages_of(prompt) -> list:
+    """A prompt (str, or a list of {"role", "content"}) as messages."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def question_text(prompt) -> str:
+    """A prompt as text: the content of a single message, a conversation as "role: content" lines."""
+    messages = messages_of(prompt)
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{m['role']}: {m['content']}" for m in messages)
+
+
+def read_prompts(path: str, lenient: bool = False) -> list:
+    """Prompts from a .jsonl, .json or .txt file (a prompt per line), or by a name in HUB.
+
+    -> dicts with `prompt` (str or messages), `where` ("file:line") and, for evaluation, `facts`
+    (list of {"right", "wrong": [...], "kind"}), `pattern` (regular expression), `answer` (what
+    belongs in \\boxed{}), `kind` (of the answer) and `rubrics` (list of {"criterion", "points"}).
+    The prompt may also stand under `instruction` or `problem`.  ValueError with file and line; where
+    nobody could mend it, in data from the hub (`lenient`), such rows are left out, and it is said.
+    """
+    if path in HUB:
+        repository, files = HUB[path]
+        files = [download(path, repository, file) for file in files]
+        return [row for file in files for row in read_prompts(file, lenient=True)]
+    rows, refused = [], []
+    for where, item in items_of(path):
+        try:
+            row = {"prompt": item} if isinstance(item, (str, list)) else item
+            rows.append(check_row(where, row))
+        except ValueError as e:
+            if not lenient:
+                raise
+            refused.append(str(e))
+    if refused:
+        print(f"{len(refused)} prompts are left out; {refused[0]}", file=sys.stderr)
+    if not rows:
+        raise ValueError(f"{path}: no prompts in it")
+    return rows
+
+
+def items_of(path: str) -> list:
+    """(where, item) of all that a prompt file holds."""
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            text = f.read()
+    except (OSError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path}: cannot be read as a UTF-8 text file ({e})") from None
+    lines = [(f"{path}:{n}", x.strip()) for n, x in enumerate(text.split("\n"), 1) if x.strip()]
+    if path.endswith(".txt"):
+        return lines
+    if path.endswith(".jsonl"):
+        return [(where, parse_json(where, line)) for where, line in lines]
+    if not path.endswith(".json"):
+        raise ValueError(f"{path}: prompts are read from .jsonl, .json or .txt files")
+    items = parse_json(path, text)
+    if not isinstance(items, list):
+        raise ValueError(f"{path}: a .json file of prompts must hold a list")
+    return [(f"{path}: item {n}", item) for n, item in enumerate(items, 1)]
+
+
+def check_row(where: str, row) -> dict:
+    """One prompt row, checked and completed.  ValueError saying what is wrong where."""
+
+    def need(good, what):
+        if not good:
+            raise ValueError(f"{where}: {what}")
+
+    def lists(rows, **kinds):  # a list of objects with these fields of these types
+        return isinstance(rows, list) and all(
+            isinstance(r, dict) and isinstance(r.get(name), kind)
+            for r in rows for name, kind in kinds.items())
+
+    need(isinstance(row, dict), f"expected an object or a string, found {json.dumps(row)[:40]}")
+    prompt = next((row[name] for name in FIELDS if name in row), None)
+    messages, pattern = messages_of(prompt), row.get("pattern")
+    facts, rubrics = row.get("facts") or [], row.get("rubrics") or []
+    need(messages and lists(messages, role=str, content=str), "needs a `prompt` (or instruction, "
+         "problem): a string, or a list of messages with `role` and `content`")
+    need(any(m["content"].strip() for m in messages), "the prompt is empty")
+    need(lists(facts, right=str, wrong=list) and all(type(w) is str for f in facts for w in f["wrong"]),
+         '`facts` must be a list of {"right": string, "wrong": [strings]}')
+    need(lists(rubrics, criterion=str, points=(int, float)) and all(r["criterion"].strip()
+         for r in rubrics), '`rubrics` must be a list of {"criterion": string, "points": number}')
+    try:
+        re.compile(pattern or "")
+    except (re.error, TypeError, OverflowError, RecursionError) as e:
+        need(False, f"`pattern` is not a regular expression ({e})")
+    answer, kind = row.get("answer"), row.get("kind")  # other people's may be anything
+    answer = str(answer) if type(answer) in (str, int, float) else None
+    row = {"prompt": prompt, "where": where, "facts": facts, "pattern": pattern, "answer": answer,
+           "kind": kind if isinstance(kind, str) else None, "rubrics": rubrics}
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        need(False, "half a surrogate pair is no character")
+    return row
+
+
+def download(what: str, repository: str, file: str) -> str:
+    """The local path of a file of a data set on the hub.  ValueError in one line."""
+    from huggingface_hub import hf_hub_download
+
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our line says it all
+    try:
+        return hf_hub_download(repository, file, repo_type="dataset")
+    except Exception as e:  # no network, no access, no such file ...
+        why = " ".join(str(e.__cause__ or e).split())[:400] or type(e).__name__
+        raise ValueError(f"{what}: {file} of {repository} cannot be downloaded, {why}") from None
+
+
+def with_suffix(rows: list, suffix: str) -> list:
+    """The rows with a paragraph added to their prompts, in a conversation to its last message."""
+
+    def add(prompt):
+        if isinstance(prompt, str):
+            return f"{prompt}\n\n{suffix}"
+        return [*prompt[:-1], prompt[-1] | {"content": add(prompt[-1]["content"])}]
+
+    return [row | {"prompt": add(row["prompt"])} for row in rows] if suffix else rows
+
+
+def draw_prompts(rows, tokenizer=None, *, n: int = 5000, most_tokens: int = 512, seed: int = 0):
+    """n of the rows, drawn with a fixed seed, in their own order; with a tokenizer only prompts of
+    at most `most_tokens` (CME's draw from UltraFeedback)."""
+
+    def fits(i):
+        text = question_text(rows[i]["prompt"]) if tokenizer else ""
+        return not text or len(tokenizer(text, add_special_tokens=False).input_ids) <= most_tokens
+
+    order = random.Random(seed).sample(range(len(rows)), len(rows))
+    return [rows[i] for i in sorted(itertools.islice(filter(fits, order), n))]

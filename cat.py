@@ -258,15 +258,19 @@ def reply_text(text: str | None) -> str:
 
 
 def read_rubric(text: str | None, limit: int = 50) -> list[str]:
-    """What stands between criterion tags (models forget end tags), at most `limit` of 1,000 characters.
+    """What stands between criterion tags (a model forgets end tags) in the last rubric that has any;
+    at most `limit`, of at most 1,000 characters.
 
-    >>> read_rubric("Sure! <rubric><criterion>a &lt; 5<criterion>is short</criterion><criterion>cut o")
+    >>> read_rubric("Sure! <rubric><criterion>a &lt; 5<criterion>is short</criterion><criterion>cu")
     ['a < 5', 'is short']
     """
-    tagged = r"<criterion\b[^<>]*>(.*?)(?=</?(?:criterion|rubric)\b)"
-    found = re.findall(tagged, reply_text(text)[:100_000], re.S | re.I)
-    criteria = dict.fromkeys(" ".join(html.unescape(c).split()) for c in found)
-    return [c for c in criteria if 0 < len(c) <= 1000][:limit]
+    for rubric in reversed(re.split(r"<rubric\b", reply_text(text)[:100_000], flags=re.I)):
+        tagged = r"<criterion\b[^<>]*>(.*?)(?=</?criterion\b|</rubric\b)"
+        found = (html.unescape(c) for c in re.findall(tagged, rubric, re.S | re.I))
+        criteria = dict.fromkeys(" ".join(c.split()) for c in found)
+        if criteria := [c for c in criteria if 0 < len(c) <= 1000]:
+            return criteria[:limit]
+    return []
 
 
 MARKED = r"[\s*_`\"'(#]*%s[\s*_`\"').,!]*"  # **Yes.** is yes, "!yes" and "yes?" are not

@@ -26,13 +26,14 @@ import re
 import sys
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 from transformers import HfArgumentParser
 
 import cat
 from cat import boxed_answer, same_answer
-from plumbing import one_clear_line, progress
+from plumbing import one_clear_line, option, progress
 from plumbing.files import (
     append_line, checkpoints, finite, lock, read_json, read_lines, write_atomically)
 from plumbing.models import (
@@ -47,12 +48,6 @@ PAIRS = [("trained", "base"), ("trained", "instruct"), ("base", "reference"), ("
 FIXED = "prompts suffix max_prompts max_new_tokens temperature top_k top_p seed".split()
 
 
-def option(default, help):
-    """A field of an options class, with its line for --help."""
-    factory = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**factory, metadata={"help": help})
-
-
 @dataclass
 class Options:
     models: list[str] = option([], "NAME=MODEL ...: a folder, a hub name or a run of train.py")
@@ -65,8 +60,7 @@ class Options:
     top_p: float = option(1.0, "sample among the most probable tokens that hold this mass")
     seed: int = option(0, "of sampling and of the order in which a pair is shown")
     batch_tokens: int = option(0, "tokens of a batch, prompts included; 0: what suits the device")
-    judge: list[str] = option([], "NAME=MODEL@URL ... (key in NAME_API_KEY), NAME=MODEL, or facts (more "
-                              "right facts or answers win; the default where prompts have them)")
+    judge: list[str] = option([], "NAME=MODEL@URL ... (its key in NAME_API_KEY), or NAME=MODEL")
     pairs: list[str] = option([], "NAME:NAME ..., win rates of the first over the second; empty: all")
     judge_tokens: int = option(1024, "longest reply of a judge, its thoughts included")
     ask_missing: bool = option(False, "ask again where a judge's reply was no verdict")
@@ -193,14 +187,6 @@ def read_preference(reply):
     return (verdict, " ".join(reason.split())) if good and verdict in ("A", "B", "tie") else (None, "")
 
 
-def more_right(row: dict, a: str, b: str) -> str:
-    """The reply of the judge `facts`: the response with more right facts and answers is better."""
-    right = [sum(fact_right(text, f) for f in row["facts"])
-             + same_answer(boxed_answer(text), row["answer"]) for text in (a, b)]
-    verdict = "tie" if right[0] == right[1] else "AB"[right[1] > right[0]]
-    return json.dumps({"verdict": verdict, "reason": f"{right[0]} right in A, {right[1]} in B."})
-
-
 def tasks_of(rows: list, texts: dict, pairs: list, rubrics: bool, seed: int = 0) -> list:
     """What there is to judge: every criterion for every response, or every pair; who is shown first
     is drawn by a coin that seed, pair and prompt throw, whichever way round the pair is named."""
@@ -247,13 +233,9 @@ def read_judgements(path: str, rows: list, texts: dict) -> dict:
 
 
 def replies(judge, tasks: list, rows: list, texts: dict, max_new_tokens: int):
-    """Yields (number of the task, Reply): of the rule `facts`, a server, a local model."""
+    """Yields (number of the task, Reply), of a server or a local model."""
     asks = (ask_of(task, rows, texts) for task in tasks)
-    if judge == "facts":
-        for n, task in enumerate(tasks):
-            shown = [texts[name][task["index"]] for name in task["shown"]]
-            yield n, Reply(more_right(rows[task["index"]], *shown))
-    elif tasks[0]["criterion"] is None or not hasattr(judge, "yes_probability"):
+    if tasks[0]["criterion"] is None or not hasattr(judge, "yes_probability"):
         yield from judge.stream(asks, max_new_tokens=max_new_tokens, temperature=0.0)
     else:
         for start in range(0, len(tasks), 64):
@@ -305,14 +287,12 @@ def why_missing(judgement: dict) -> str:
     return judgement["error"].split(",")[0] if judgement["verdict"] is None else ""
 
 
-def compare(known: dict, x: str, y: str, responses: dict):
-    """x over y by one judge: win rate, interval, p, at equal length, position bias; preferences."""
-    p, first, why = prompt_preferences(known, x, y, len(responses[x]))
-    lengths = [[len(r["response"]) if r else None for r in responses[name]] for name in (x, y)]
-    return p, {**win_rate(p), "interval": bootstrap_interval(p),
-               "p": sign_permutation([None if v is None else v - 0.5 for v in p]),
-               "length_controlled": length_controlled_win_rate(p, *lengths),
-               "first_shown": estimate(first), "not_had": dict(Counter(filter(None, why)))}
+def compare(p: list, x: str, y: str, responses: dict) -> dict:
+    """Preferences of x over y, one per prompt -> win rate, interval, p, win rate at equal length."""
+    lengths = [[len(r["response"] or "") if r else None for r in responses[name]] for name in (x, y)]
+    differences = [None if v is None else v - 0.5 for v in p]
+    return {**win_rate(p), "interval": bootstrap_interval(p), "p": sign_permutation(differences),
+            "length_controlled": length_controlled_win_rate(p, *lengths)}
 
 
 def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
@@ -341,9 +321,14 @@ def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
             d = [None if None in ab else ab[0] - ab[1] for ab in zip(values[x][m], values[y][m])]
             report["differences"].append(
                 {"measure": m, "pair": [x, y], **estimate(d), "p": sign_permutation(d)})
+            if m in ("facts", "accuracy"):  # the one with more right facts is the better one
+                p = [None if v is None else (1 + np.sign(v)) / 2 for v in d]
+                report["pairs"].append({"judge": m, "pair": [x, y], **compare(p, x, y, responses)})
         for judge, known in judges.items():
             if any({x, y} == set(key[1]) for key in known):
-                preferences[judge, x, y], row = compare(known, x, y, responses)
+                p, first, why = prompt_preferences(known, x, y, len(rows))
+                preferences[judge, x, y], row = p, compare(p, x, y, responses)
+                row |= {"first_shown": estimate(first), "not_had": dict(Counter(filter(None, why)))}
                 report["pairs"].append({"judge": judge, "pair": [x, y], **row})
     for j, k in itertools.combinations(judges, 2):
         both = {pair: [preferences[name, *pair] for name in (j, k)] for pair in pairs
@@ -452,8 +437,7 @@ def parse_options(respond: bool):
     rest = [(y, x) for x, y in itertools.combinations(o.models, 2)]
     if four <= set(o.models):
         rest = PAIRS + [pair for pair in rest if not set(pair) <= four]
-    judges = ["facts=facts" if spec == "facts" else spec for spec in o.judge]
-    o.pairs, o.judge = pairs or rest, named(judges, "--judge")
+    o.pairs, o.judge = pairs or rest, named(o.judge, "--judge")
     return o, saved
 
 
@@ -496,15 +480,11 @@ def respond_stage(o: Options, rows: list, device, saved: dict):
 
 def judge_stage(o: Options, rows: list, texts: dict, device) -> list:
     """judges/NAME.jsonl of each judge -> lines about the judges that gave up."""
-    gave_up, boxed = [], any(boxed_answer(y or "") for answers in texts.values() for y in answers)
-    checkable = [bool(row["facts"] or (row["answer"] is not None and boxed)) for row in rows]
-    judges = o.judge or ({"facts": "facts"} if any(checkable) else {})
-    for name, spec in judges.items():
+    gave_up, rubrics = [], any(row["rubrics"] for row in rows)
+    for name, spec in o.judge.items():
         path, server = os.path.join(o.output_dir, "judges", name + ".jsonl"), "@http" in spec
         who = " at ".join(parse_endpoint(spec)) if server else result_of(spec)
-        rubrics = spec != "facts" and any(row["rubrics"] for row in rows)
         tasks = tasks_of(rows, texts, o.pairs, rubrics, o.seed)
-        tasks = [task for task in tasks if spec != "facts" or checkable[task["index"]]]
         known = read_judgements(path, rows, texts)
         if {j["judge"] for j in known.values()} - {who}:
             raise ValueError(f"{path} holds judgements by another judge: give this one another name")
@@ -513,12 +493,11 @@ def judge_stage(o: Options, rows: list, texts: dict, device) -> list:
         tasks = [task for task in tasks if key_of(task) not in known or key_of(task) in again]
         if not tasks:
             continue
-        judge = spec
         if server:
             key = os.environ.get(re.sub(r"\W", "_", name).upper() + "_API_KEY")
             judge = Endpoint(*parse_endpoint(spec), key=key, concurrency=o.concurrency,
                              timeout=o.timeout, retries=o.retries)
-        elif spec != "facts":
+        else:
             judge = LocalModel(*load(f"--judge {name}", who, device), batch_tokens=o.batch_tokens)
             use_threads([judge.model])
         os.makedirs(os.path.dirname(path), exist_ok=True)

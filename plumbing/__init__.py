@@ -2,9 +2,16 @@
 
 import os
 import sys
+from dataclasses import field
 
 import torch
 from tqdm import tqdm
+
+
+def option(default, help):
+    """A field of an options class, with its line for --help."""
+    factory = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**factory, metadata={"help": help})
 
 
 def one_clear_line(main, script: str, again: str = "the same command continues"):

@@ -9,7 +9,6 @@ import re
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 import torch
 

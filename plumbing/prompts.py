@@ -3,7 +3,6 @@
 import itertools
 import json
 import logging
-import os
 import random
 import re
 import sys

@@ -23,6 +23,7 @@ import evaluate  # noqa: E402
 import grpo  # noqa: E402
 import train  # noqa: E402
 from align import align, spans_from_ids, spans_from_text  # noqa: E402
+from plumbing import models, files, prompts
 
 
 def seconds(f, least: float = 0.5, times: int = 3) -> float:
@@ -86,7 +87,7 @@ def texts_and_alignment(run):
 
 def toy_step(run):
     asked = [row["prompt"] for row in train.prompts_of_step(run.rows, 16, 0, 0)]
-    prompt_ids = [grpo.chat_ids(run.tokenizer, p) for p in asked]
+    prompt_ids = [models.chat_ids(run.tokenizer, p) for p in asked]
     ids, lengths = grpo.sample(run.policy, prompt_ids, 8, max_new_tokens=48, stop_ids=run.stop_ids, generator=torch.Generator().manual_seed(0))
     rows, prompts = [p for p in prompt_ids for _ in range(8)], [p for p in asked for _ in range(8)]
     show("toy: sample 16 x 8 responses", seconds(lambda: grpo.sample(run.policy, prompt_ids, 8, max_new_tokens=48, stop_ids=run.stop_ids)),
@@ -105,7 +106,7 @@ def rounding(run):
     import copy
     model, spread = copy.deepcopy(run.verifier).to(torch.bfloat16), []
     for row in run.eval_rows[:24]:
-        prompt = grpo.chat_ids(run.verifier_tokenizer, row["prompt"])
+        prompt = models.chat_ids(run.verifier_tokenizer, row["prompt"])
         answer = spans_from_text(run.verifier_tokenizer, f"{row['prompt'].split()[2]} has a dog, lives in Oslo, likes soup and wears red.")[0]
         scored = []
         for B, more in [(B, more) for B in (1, 6) for more in (0, 1, 3, 7, 20, 40)]:
@@ -158,14 +159,14 @@ server.serve_forever()
 def judging():
     """What 805 prompts x 5 pairs x 2 judges cost beyond the judges: a scripted server, responses of about 1,750 characters."""
     os.environ["NO_PROXY"] = "127.0.0.1"
-    rng, names, real, resident = random.Random(0), sorted(set(sum(evaluate.PAIRS, ()))), evaluate.append_line, []
+    rng, names, real, resident = random.Random(0), sorted(set(sum(evaluate.PAIRS, ()))), files.append_line, []
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
         words = f.read().split()
     with subprocess.Popen([sys.executable, "-c", JUDGE], stdout=subprocess.PIPE, text=True) as server, tempfile.TemporaryDirectory() as folder:
         url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
         o = evaluate.Options(models=dict.fromkeys(names, "none"), prompts="made up", pairs=evaluate.PAIRS, output_dir=folder,
                              judge={j: f"m@{url}" for j in ("one", "two")})
-        rows = [evaluate.check_row("", {"prompt": " ".join(rng.choices(words, k=40))}) for _ in range(805)]
+        rows = [prompts.check_row("", {"prompt": " ".join(rng.choices(words, k=40))}) for _ in range(805)]
         for name in names:
             os.makedirs(os.path.join(folder, "models", name))
             for i in range(805):
@@ -176,7 +177,7 @@ def judging():
             real(path, row)
             with open("/proc/self/statm") as f:
                 resident.append(int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
-        evaluate.append_line, times = append, []
+        files.append_line, times = append, []
         responses = {name: evaluate.read_responses(o, name, 805) for name in names}
         texts = {name: [r["response"] for r in answers] for name, answers in responses.items()}
         for stage in (lambda: evaluate.judge_stage(o, rows, texts, None), lambda: evaluate.judge_stage(o, rows, texts, None),
@@ -185,7 +186,7 @@ def judging():
             with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
                 stage()
             times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-        evaluate.append_line = real
+        files.append_line = real
         server.kill()
     print(f"\n{len(resident):,} judgements by a scripted server: {times[0][0]:.0f} s, of which {times[0][1]:.0f} s were this process's; resident memory "
           f"{resident[len(resident) // 10]:.0f} MB after a tenth of them, {resident[-1]:.0f} MB after all. "

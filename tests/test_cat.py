@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 import cat
 import cme
 import grpo
-from evaluate import read_prompts
+from plumbing.prompts import read_prompts
+from plumbing import models
+from plumbing.prompts import question_text
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "toy/cat/model"
@@ -22,7 +24,7 @@ MODEL = ROOT / "toy/cat/model"
 
 @pytest.fixture(scope="module")
 def toy():
-    return cat.LocalModel(*grpo.load("toy", str(MODEL), "cpu"), generator=torch.Generator().manual_seed(0))
+    return models.LocalModel(*models.load("toy", str(MODEL), "cpu"), generator=torch.Generator().manual_seed(0))
 
 
 class Scripted:
@@ -88,7 +90,7 @@ def test_what_goes_into_each_prompt():
     with pytest.raises(ValueError, match="source|reference"):
         cat.propose_rubrics(["x"], ["y"], model, max_new_tokens=9, source="answer")
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
-    assert cat.question_text(chat) == "system: Be brief.\nuser: Why?" and cat.question_text(chat[1:]) == "Why?" == cat.question_text("Why?")
+    assert question_text(chat) == "system: Be brief.\nuser: Why?" and question_text(chat[1:]) == "Why?" == question_text("Why?")
 
 
 def test_special_tokens_in_a_prompt_are_broken_up(toy):
@@ -148,7 +150,7 @@ def test_best_by():
 
 def test_cme_as_an_estimator():
     """What neither paper has: the rollout that another model finds least surprising."""
-    verifier, tokenizer = grpo.load("toy", str(ROOT / "toy/cme/verifier"), "cpu")
+    verifier, tokenizer = models.load("toy", str(ROOT / "toy/cme/verifier"), "cpu")
     group = ["Zoe dog the of Paris.", "Mia has a dog, lives in Oslo, likes soup and wears red.", ""]
     assert cat.best_by(lambda x, y: cme.sequence_rewards(verifier, tokenizer, x, y))(["Tell me about Mia."], [group]) == [group[1]]
 
@@ -189,7 +191,7 @@ def test_logprob_and_yes_probability_are_those_of_each_row_alone(toy):
         assert (math.isnan(p) if a + b < 0.09 else p == pytest.approx(a / (a + b), abs=1e-3))
     assert math.isnan(toy.yes_probability(prompts)[0]) and not math.isnan(toy.yes_probability(prompts)[1])
     assert math.isnan(toy.logprob(["x"], [""])[0]) and len(toy.logprob([], [])) == 0 == len(toy.yes_probability([]))
-    small = cat.LocalModel(toy.model, toy.tokenizer, batch_tokens=1)           # one row at a time
+    small = models.LocalModel(toy.model, toy.tokenizer, batch_tokens=1)           # one row at a time
     assert torch.allclose(small.yes_probability(prompts), toy.yes_probability(prompts), equal_nan=True, atol=1e-4)
     assert small.complete(prompts, n=2, max_new_tokens=8, temperature=0) == toy.complete(prompts, n=2, max_new_tokens=8, temperature=0)
 
@@ -197,7 +199,7 @@ def test_logprob_and_yes_probability_are_those_of_each_row_alone(toy):
 def test_complete_keeps_order_and_repeats_with_its_seed(toy):
     prompts = [r["prompt"] for r in read_prompts(str(ROOT / "toy/cat/eval.jsonl"))][::7]
     greedy = toy.complete(prompts, n=1, max_new_tokens=48, temperature=0)
-    assert [cat.question_text(p).split()[2] in t[0] or p.split()[-1][:-1] in t[0] for p, t in zip(prompts, greedy)].count(True) >= len(prompts) - 1
+    assert [question_text(p).split()[2] in t[0] or p.split()[-1][:-1] in t[0] for p, t in zip(prompts, greedy)].count(True) >= len(prompts) - 1
     samples = []
     for _ in range(2):
         toy.sampling["generator"].manual_seed(5)

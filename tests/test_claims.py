@@ -17,7 +17,8 @@ import skills  # noqa: E402
 
 import cat  # noqa: E402
 import grpo  # noqa: E402
-from evaluate import read_prompts  # noqa: E402
+from plumbing.prompts import read_prompts  # noqa: E402
+from plumbing import models
 
 
 def test_statistics():
@@ -33,7 +34,7 @@ def test_statistics():
 
 
 def test_lora_starts_at_the_model_and_leaves_it_alone():
-    model, tokenizer = grpo.load("toy", claims.MODEL, "cpu", train=True)
+    model, tokenizer = models.load("toy", claims.MODEL, "cpu", train=True)
     ids = torch.tensor([tokenizer("Tell me about Mia.").input_ids])
     before = model(input_ids=ids).logits
     claims.add_lora(model, rank=4)

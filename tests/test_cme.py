@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 import cme
 import grpo
 from align import spans_from_ids, spans_from_text
+from plumbing import models
 
 PROMPT = "Tell me about Mia."
 
 
 @pytest.fixture(scope="module")
 def toy():
-    load = lambda part: (grpo.load_model(f"toy/cme/{part}", train=False, device="cpu"), grpo.load_tokenizer(f"toy/cme/{part}"))  # noqa: E731
+    load = lambda part: (models.load_model(f"toy/cme/{part}", train=False, device="cpu"), models.load_tokenizer(f"toy/cme/{part}"))  # noqa: E731
     return {"generator": load("generator"), "verifier": load("verifier")}
 
 
@@ -27,8 +28,8 @@ def pad(rows):
 
 def verifier_says(model, tokenizer, prompt, text, end=False):
     """The slow way: one row, the model's own logits. -> log p of each verifier token of the text (and of the end of turn)."""
-    before = grpo.chat_ids(tokenizer, prompt)
-    answer = list(spans_from_text(tokenizer, text)[0]) + ([grpo.end_of_turn(tokenizer)] if end else [])
+    before = models.chat_ids(tokenizer, prompt)
+    answer = list(spans_from_text(tokenizer, text)[0]) + ([models.end_of_turn(tokenizer)] if end else [])
     logp = model(input_ids=torch.tensor([before + answer])).logits[0].double().log_softmax(-1)
     return [logp[len(before) + i - 1, token].item() for i, token in enumerate(answer)]
 
@@ -51,7 +52,7 @@ TEXTS = ["Mia has a cat, lives in Oslo, likes soup and wears red.", "Mia has  a 
 def test_token_rewards_are_eq_1(toy, roles):
     _, tokenizer = toy[roles[0]]
     model, verifier_tokenizer = toy[roles[1]]
-    stop = grpo.end_of_turn(tokenizer)
+    stop = models.end_of_turn(tokenizer)
     rows = [tokenizer(t, add_special_tokens=False).input_ids + [stop] for t in TEXTS] + [[stop]]
     ids, lengths = pad(rows)
     prompts = [PROMPT, "Who is Mia?"] * 3
@@ -121,7 +122,7 @@ def test_the_right_fact_is_less_surprising(toy):
 
 def test_score_stop(toy):
     (_, tokenizer), (model, verifier_tokenizer) = toy["generator"], toy["verifier"]
-    stop, text = grpo.end_of_turn(tokenizer), TEXTS[0]
+    stop, text = models.end_of_turn(tokenizer), TEXTS[0]
     ids, lengths = pad([tokenizer(text).input_ids + [stop], tokenizer(text).input_ids, [stop]])           # stopped, cut off, empty
     rewards, mask = cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT] * 3, ids, lengths, score_stop=True)
     plain, plain_mask = cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT] * 3, ids, lengths)
@@ -137,7 +138,7 @@ def test_stop_ids_say_what_a_stop_token_is(toy):
     """A row cut off at a special token that does not stop did not stop; a stop token that is not special is no text."""
     (_, tokenizer), (model, verifier_tokenizer) = toy["generator"], toy["verifier"]
     text = tokenizer(TEXTS[0]).input_ids
-    start, stop, dot = tokenizer.convert_tokens_to_ids("<|im_start|>"), grpo.end_of_turn(tokenizer), text[-1]
+    start, stop, dot = tokenizer.convert_tokens_to_ids("<|im_start|>"), models.end_of_turn(tokenizer), text[-1]
     ids, lengths = pad([text + [stop], text + [start], text])
     go = lambda **options: cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT] * 3, ids, lengths, **options)   # noqa: E731
     rewards, mask = go(score_stop=True, stop_ids=[stop])
@@ -236,7 +237,7 @@ def test_long_prompts_are_cut_from_the_left(toy):
     context = model.config.max_position_embeddings
     long, text = "word " * 400 + "Who is Mia?", TEXTS[0]
     ids = cme.cut_prompt(tokenizer, long, context - 40)
-    bare, whole = grpo.chat_ids(tokenizer, ""), tokenizer.decode(ids)
+    bare, whole = models.chat_ids(tokenizer, ""), tokenizer.decode(ids)
     assert context - 43 <= len(ids) <= context - 40                                                       # no more than needed
     assert ids[:2] == bare[:2] and ids[-3:] == bare[-3:] and whole.count("<bos>") == 1
     assert "Who is Mia?<end_of_turn>" in whole
@@ -245,7 +246,7 @@ def test_long_prompts_are_cut_from_the_left(toy):
     messages = [{"role": "user", "content": "early " * 300}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "Who is Mia?"}]
     decoded = tokenizer.decode(cme.cut_prompt(tokenizer, messages, 100))
     assert decoded.endswith("<start_of_turn>model\nyes<end_of_turn>\n<start_of_turn>user\nWho is Mia?<end_of_turn>\n<start_of_turn>model\n")
-    assert cme.cut_prompt(tokenizer, PROMPT, 500) == grpo.chat_ids(tokenizer, PROMPT)
+    assert cme.cut_prompt(tokenizer, PROMPT, 500) == models.chat_ids(tokenizer, PROMPT)
 
 
 def test_errors(toy):
@@ -284,12 +285,12 @@ def test_context_is_used_to_its_last_token(toy, monkeypatch):
     n = len(spans_from_text(tokenizer, text)[0])
     cuts, real = [], cme.cut_prompt
     monkeypatch.setattr(cme, "cut_prompt", lambda t, p, room: (cuts.append(room), real(t, p, room))[1])
-    fits = next(p for p in ("word " * k for k in range(400, 0, -1)) if len(grpo.chat_ids(tokenizer, p)) <= context - n)
+    fits = next(p for p in ("word " * k for k in range(400, 0, -1)) if len(models.chat_ids(tokenizer, p)) <= context - n)
     cme.verifier_logprobs(model, tokenizer, [fits], [text])
     assert not cuts
     cme.verifier_logprobs(model, tokenizer, [fits + "word " * 9], [text], [True])
     assert cuts == [context - n - 1]                                          # the end of turn needs its place too
-    monkeypatch.setattr(model.config, "max_position_embeddings", len(grpo.chat_ids(tokenizer, PROMPT)) + n - 1)
+    monkeypatch.setattr(model.config, "max_position_embeddings", len(models.chat_ids(tokenizer, PROMPT)) + n - 1)
     cuts.clear(), cme.verifier_logprobs(model, tokenizer, [PROMPT], [text])
     assert len(cuts) == 1                                                     # one token too many is too many
 

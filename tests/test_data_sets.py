@@ -15,6 +15,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import evaluate
+from plumbing import prompts
 
 ROOT = Path(__file__).parent.parent
 TOY = str(ROOT / "toy/cme/generator")
@@ -151,7 +152,7 @@ def test_a_data_set_is_read_and_then_cached(hub, command, name):
                 for rows in files.values() for row in rows]
     for downloaded, up in ((list(files), True), ([], True), ([], False)):
         hub.asked = [] if up else hub.close() or []
-        status, out, err = command("", f"evaluate.read_prompts({name!r})")
+        status, out, err = command("", f"prompts.read_prompts({name!r})")
         assert status == 0 and [file for method, file in hub.asked if method == "GET"] == downloaded and bool(hub.asked) == up, err
         rows = json.loads(out)
         assert [tuple(row[k] for k in ("prompt", "answer", "rubrics", "facts", "pattern")) for row in rows] == expected
@@ -192,7 +193,7 @@ def test_draw(n, most_tokens, seed):
     tokenizer = AutoTokenizer.from_pretrained(TOY)
     texts = ["Tell me about " + "Ada " * (i % 7 + 1) + str(i) for i in range(40)]                          # of 6 to 13 tokens
     rows = [{"prompt": text if i % 2 else [{"role": "user", "content": text}]} for i, text in enumerate(texts)]
-    got = [rows.index(row) for row in evaluate.draw_prompts(rows, tokenizer, n=n, most_tokens=most_tokens, seed=seed)]
+    got = [rows.index(row) for row in prompts.draw_prompts(rows, tokenizer, n=n, most_tokens=most_tokens, seed=seed)]
     fitting = [i for i, text in enumerate(texts) if len(tokenizer.tokenize(text)) <= most_tokens]
     assert got == slow_draw(texts, tokenizer, n, most_tokens, seed) == sorted(set(got) & set(fitting)) and len(got) == min(n, len(fitting))
 
@@ -200,10 +201,10 @@ def test_draw(n, most_tokens, seed):
 def test_draw_is_fixed_and_fair(command):
     """Another process draws the same; over seeds each row comes up equally often; the first n are nothing special."""
     rows = list(range(20))
-    assert evaluate.draw_prompts(rows, n=6) == json.loads(command("", "evaluate.draw_prompts(list(range(20)), n=6)")[1]) == [1, 6, 8, 12, 13, 15]
-    counts = collections.Counter(i for seed in range(2000) for i in evaluate.draw_prompts(rows, n=6, seed=seed))
+    assert prompts.draw_prompts(rows, n=6) == json.loads(command("", "prompts.draw_prompts(list(range(20)), n=6)")[1]) == [1, 6, 8, 12, 13, 15]
+    counts = collections.Counter(i for seed in range(2000) for i in prompts.draw_prompts(rows, n=6, seed=seed))
     assert all(abs(counts[i] - 600) < 5 * (2000 * 0.3 * 0.7) ** 0.5 for i in rows)
-    assert len(evaluate.draw_prompts(list(range(6000)))) == 5000               # CME's number
+    assert len(prompts.draw_prompts(list(range(6000)))) == 5000               # CME's number
 
 
 @pytest.mark.parametrize("n", [0, 2])

@@ -9,6 +9,7 @@ import torch
 import evaluate
 import grpo
 from toy import make
+from plumbing import models, files, prompts
 
 
 @pytest.mark.parametrize("text, right", [
@@ -36,8 +37,8 @@ def test_toy_rows_accept_every_biography_and_nothing_else():
     """The committed evaluation rows against the world that make.py describes."""
     import random
     rng, world = random.Random(0), make.make_world()
-    rows = evaluate.read_prompts("toy/cme/eval.jsonl")
-    assert len(rows) == 96 and not {r["prompt"] for r in rows} & {r["prompt"] for r in evaluate.read_prompts("toy/cme/prompts.jsonl")}
+    rows = prompts.read_prompts("toy/cme/eval.jsonl")
+    assert len(rows) == 96 and not {r["prompt"] for r in rows} & {r["prompt"] for r in prompts.read_prompts("toy/cme/prompts.jsonl")}
     kinds = [f["kind"] for r in rows for f in r["facts"]]
     assert kinds.count("wrong") / len(kinds) == pytest.approx(0.3, abs=0.01)
     for row, name in zip(rows, make.NAMES * 2):
@@ -85,38 +86,38 @@ def test_toy_can_be_made_again(tmp_path):
 
 def test_read_prompts(tmp_path):
     (tmp_path / "p.txt").write_text("one\n\n  two\r\n")
-    assert [(r["prompt"], r["where"].rsplit("/", 1)[1]) for r in evaluate.read_prompts(str(tmp_path / "p.txt"))] == [("one", "p.txt:1"), ("two", "p.txt:3")]
+    assert [(r["prompt"], r["where"].rsplit("/", 1)[1]) for r in prompts.read_prompts(str(tmp_path / "p.txt"))] == [("one", "p.txt:1"), ("two", "p.txt:3")]
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi\u2028there"}]
     rows = [{"prompt": messages}, {"instruction": "b", "output": "ignored"}, {"problem": "c"}, "d"]
     (tmp_path / "p.jsonl").write_text("\ufeff" + "\n".join(json.dumps(r, ensure_ascii=False) for r in rows))
     (tmp_path / "p.json").write_text(json.dumps(rows))
     for name in ("p.jsonl", "p.json"):
-        assert [r["prompt"] for r in evaluate.read_prompts(str(tmp_path / name))] == [messages, "b", "c", "d"]
+        assert [r["prompt"] for r in prompts.read_prompts(str(tmp_path / name))] == [messages, "b", "c", "d"]
 
 
 def test_half_lines_are_forgiven(tmp_path):
     path = str(tmp_path / "m.jsonl")
-    assert evaluate.read_lines(path) == []
-    evaluate.append_line(path, {"a": "é\n", "b": [1.5, float("nan")], "c": float("inf")})
+    assert files.read_lines(path) == []
+    files.append_line(path, {"a": "é\n", "b": [1.5, float("nan")], "c": float("inf")})
     with open(path, "a") as f:
         f.write('{"a": 1')
-    assert evaluate.read_lines(path) == [{"a": "é\n", "b": [1.5, None], "c": None}]
+    assert files.read_lines(path) == [{"a": "é\n", "b": [1.5, None], "c": None}]
 
 
 def test_write_atomically(tmp_path, monkeypatch):
     path = tmp_path / "f"
-    evaluate.write_atomically(str(path), "old")
+    files.write_atomically(str(path), "old")
     monkeypatch.setattr(evaluate.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        evaluate.write_atomically(str(path), "new")
+        files.write_atomically(str(path), "new")
     assert path.read_text() == "old"
 
 
 def test_respond_keeps_the_order_and_the_stop_token():
-    model, tokenizer = grpo.load_model("toy/cme/generator", train=False, device="cpu"), grpo.load_tokenizer("toy/cme/generator")
-    stop = grpo.find_stop_ids(model, tokenizer)
+    model, tokenizer = models.load_model("toy/cme/generator", train=False, device="cpu"), models.load_tokenizer("toy/cme/generator")
+    stop = models.find_stop_ids(model, tokenizer)
     prompts = ["Who is Mia?", "What can you tell me about Zoe?", "Describe Ben.", "Tell me about Ada."]
-    prompt_ids = [grpo.chat_ids(tokenizer, p) for p in prompts]
+    prompt_ids = [models.chat_ids(tokenizer, p) for p in prompts]
     settings = {"max_new_tokens": 40, "temperature": 0.0, "stop_ids": stop}
     answers = list(evaluate.respond(model, tokenizer, prompt_ids, batch_tokens=100, **settings))          # two at a time, at most
     assert [n for n, *_ in answers] == sorted(range(4), key=lambda i: len(prompt_ids[i])) and all(stopped for _, _, stopped, _ in answers)
@@ -127,10 +128,10 @@ def test_respond_keeps_the_order_and_the_stop_token():
 
 def test_respond_continues_where_it_was():
     """What is done is not done again, and the rest comes out as it would have, in batches cut in the middle too."""
-    model, tokenizer = grpo.load_model("toy/cme/generator", train=False, device="cpu"), grpo.load_tokenizer("toy/cme/generator")
-    rows = evaluate.read_prompts("toy/cme/eval.jsonl")[:20]
-    settings = {"max_new_tokens": 24, "temperature": 1.0, "stop_ids": grpo.find_stop_ids(model, tokenizer), "batch_tokens": 200, "seed": 3}
-    prompt_ids = [grpo.chat_ids(tokenizer, r["prompt"]) for r in rows]
+    model, tokenizer = models.load_model("toy/cme/generator", train=False, device="cpu"), models.load_tokenizer("toy/cme/generator")
+    rows = prompts.read_prompts("toy/cme/eval.jsonl")[:20]
+    settings = {"max_new_tokens": 24, "temperature": 1.0, "stop_ids": models.find_stop_ids(model, tokenizer), "batch_tokens": 200, "seed": 3}
+    prompt_ids = [models.chat_ids(tokenizer, r["prompt"]) for r in rows]
     whole = list(evaluate.respond(model, tokenizer, prompt_ids, **settings))
     assert len(whole) == 20 and len({text for _, text, *_ in whole}) > 15
     for n in (0, 1, 7, 19, 20):
@@ -142,14 +143,14 @@ def test_respond_continues_where_it_was():
 
 def test_folders_with_brackets(tmp_path):
     (tmp_path / "a[1]/checkpoint-000002").mkdir(parents=True), (tmp_path / "a[1]/checkpoint-000004.tmp").mkdir()
-    assert [c[-6:] for c in evaluate.checkpoints(str(tmp_path / "a[1]"))] == ["000002"]
+    assert [c[-6:] for c in files.checkpoints(str(tmp_path / "a[1]"))] == ["000002"]
 
 
 def test_a_stop_token_that_is_not_special_is_no_text():
-    tokenizer = grpo.load_tokenizer("toy/cme/generator")
+    tokenizer = models.load_tokenizer("toy/cme/generator")
     row = tokenizer("Mia has a cat.").input_ids
     ids = torch.tensor([row, row])
-    assert evaluate.response_texts(tokenizer, ids, torch.tensor([len(row), len(row) - 1]), row[-1:]) == (["Mia has a cat"] * 2, [True, False])
+    assert models.response_texts(tokenizer, ids, torch.tensor([len(row), len(row) - 1]), row[-1:]) == (["Mia has a cat"] * 2, [True, False])
 
 
 def test_a_wrong_value_that_begins_like_the_right_one():
@@ -160,16 +161,16 @@ def test_a_wrong_value_that_begins_like_the_right_one():
 def test_lenient_reading(tmp_path, capsys):
     """In other people's data sets a row that is no prompt is left out, and said so; in one's own it is an error."""
     (tmp_path / "p.jsonl").write_text('{"instruction": "a"}\n{"instruction": " "}\n{"text": "b"}\n{"instruction": "c"}\n')
-    assert [r["prompt"] for r in evaluate.read_prompts(str(tmp_path / "p.jsonl"), lenient=True)] == ["a", "c"]
+    assert [r["prompt"] for r in prompts.read_prompts(str(tmp_path / "p.jsonl"), lenient=True)] == ["a", "c"]
     assert capsys.readouterr().err == f"2 prompts are left out; {tmp_path}/p.jsonl:2: the prompt is empty\n"
     with pytest.raises(ValueError, match="p.jsonl:2"):
-        evaluate.read_prompts(str(tmp_path / "p.jsonl"))
+        prompts.read_prompts(str(tmp_path / "p.jsonl"))
 
 
 def test_suffix():
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "2 + 2?"}]
     rows = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": talk}]
-    assert evaluate.with_suffix(rows, "") is rows
-    assert evaluate.with_suffix(rows, "Box it.") == [{"prompt": "1 + 1?\n\nBox it.", "answer": "2"},
+    assert prompts.with_suffix(rows, "") is rows
+    assert prompts.with_suffix(rows, "Box it.") == [{"prompt": "1 + 1?\n\nBox it.", "answer": "2"},
                                                      {"prompt": talk[:2] + [{"role": "user", "content": "2 + 2?\n\nBox it."}]}]
     assert talk[2]["content"] == "2 + 2?"

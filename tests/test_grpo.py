@@ -21,6 +21,7 @@ from hypothesis import given, settings, strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models as token_models, pre_tokenizers, processors
 
 import grpo
+from plumbing import models
 
 TOY = Path(__file__).resolve().parents[1] / "toy" / "cme"
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64,
@@ -777,7 +778,7 @@ def test_load_model_makes_float32_policies_of_bf16_checkpoints(arch, tmp_path):
     saved = transformers.AutoModelForCausalLM.from_config(config_of(arch, 50), dtype=torch.bfloat16)
     saved.save_pretrained(tmp_path)
     for train in (True, False):
-        model = grpo.load_model(str(tmp_path), train=train, device="cpu")
+        model = models.load_model(str(tmp_path), train=train, device="cpu")
         assert not model.training and model.dtype == torch.float32
         for (name, p), q in zip(model.named_parameters(), saved.parameters()):
             assert p.dtype == torch.float32 and p.requires_grad is train and torch.equal(p, q.float()), name
@@ -793,7 +794,7 @@ def test_load_model_refuses_logits_that_it_does_not_know(tmp_path, monkeypatch):
         model.save_pretrained(tmp_path)
 
     save()
-    grpo.load_model(str(tmp_path), train=False, device="cpu")
+    models.load_model(str(tmp_path), train=False, device="cpu")
     forward = transformers.Qwen2ForCausalLM.forward
     for change in (lambda x: 1.01 * x, lambda x: x + torch.arange(x.shape[-1]) * 0.05):
         def changed(self, *args, **kwargs):
@@ -802,10 +803,10 @@ def test_load_model_refuses_logits_that_it_does_not_know(tmp_path, monkeypatch):
             return out
         with monkeypatch.context() as patch, pytest.raises(ValueError, match="model_logits"):
             patch.setattr(transformers.Qwen2ForCausalLM, "forward", changed)
-            grpo.load_model(str(tmp_path), train=False, device="cpu")
+            models.load_model(str(tmp_path), train=False, device="cpu")
     save(logit_scale=2.0)
     with pytest.raises(ValueError, match="model_logits"):
-        grpo.load_model(str(tmp_path), train=True, device="cpu")
+        models.load_model(str(tmp_path), train=True, device="cpu")
 
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
@@ -874,11 +875,11 @@ TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel
 ])
 def test_chat_ids_render_a_prompt_with_one_bos_at_most(kind, text):
     tokenizer = chat_tokenizer(kind)
-    ids = grpo.chat_ids(tokenizer, "Hi")
+    ids = models.chat_ids(tokenizer, "Hi")
     assert type(ids) is list and all(type(i) is int for i in ids)
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
     assert ids.count(tokenizer.bos_token_id) == (1 if tokenizer.bos_token and kind != "phi3" else 0)
-    assert grpo.chat_ids(tokenizer, TALK[:1]) == ids
+    assert models.chat_ids(tokenizer, TALK[:1]) == ids
 
 
 @pytest.mark.parametrize("kind,text", [
@@ -887,14 +888,14 @@ def test_chat_ids_render_a_prompt_with_one_bos_at_most(kind, text):
 ])
 def test_chat_ids_render_a_whole_conversation(kind, text):
     kept = [dict(m) for m in TALK]
-    assert chat_tokenizer(kind).decode(grpo.chat_ids(chat_tokenizer(kind), TALK), clean_up_tokenization_spaces=False) == text
+    assert chat_tokenizer(kind).decode(models.chat_ids(chat_tokenizer(kind), TALK), clean_up_tokenization_spaces=False) == text
     assert TALK == kept
 
 
 @pytest.mark.parametrize("kind", CHATS)
 def test_end_of_turn(kind):
     """The first special token behind the assistant's content: Phi-3's template goes on with an EOS, Harmony's puts some before it."""
-    got = grpo.end_of_turn(chat_tokenizer(kind))
+    got = models.end_of_turn(chat_tokenizer(kind))
     assert got == (None if CHATS[kind][-1] is None else chat_tokenizer(kind).convert_tokens_to_ids(CHATS[kind][-1]))
 
 
@@ -902,13 +903,13 @@ def test_find_stop_ids():
     model = lambda eos: SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=eos))
     gemma, bare = chat_tokenizer("gemma"), chat_tokenizer("nothing")
     own = {gemma.convert_tokens_to_ids(x) for x in ("<eos>", "<end_of_turn>")}
-    assert grpo.find_stop_ids(model([5, 3]), gemma) == sorted(own | {3, 5})
-    assert grpo.find_stop_ids(model((3,)), gemma) == sorted(own | {3})
-    assert grpo.find_stop_ids(model(0), gemma) == sorted(own | {0})
-    assert grpo.find_stop_ids(model(None), gemma) == grpo.find_stop_ids(SimpleNamespace(generation_config=None), gemma) == sorted(own)
-    assert grpo.find_stop_ids(model([7]), bare) == [7]
+    assert models.find_stop_ids(model([5, 3]), gemma) == sorted(own | {3, 5})
+    assert models.find_stop_ids(model((3,)), gemma) == sorted(own | {3})
+    assert models.find_stop_ids(model(0), gemma) == sorted(own | {0})
+    assert models.find_stop_ids(model(None), gemma) == models.find_stop_ids(SimpleNamespace(generation_config=None), gemma) == sorted(own)
+    assert models.find_stop_ids(model([7]), bare) == [7]
     with pytest.raises(ValueError, match="eos_token"):
-        grpo.find_stop_ids(model(None), bare)
+        models.find_stop_ids(model(None), bare)
 
 
 # ---------------------------------------------------------------- the toy models
@@ -919,10 +920,10 @@ needs = lambda name: pytest.mark.skipif(not (TOY / name / "model.safetensors").e
 @needs("generator")
 def test_one_step_raises_what_was_good_and_touches_nothing_else():
     """The whole path once: prompts, sampling, advantages, loss, optimiser. The rewards are noise: any will do."""
-    model, frozen, tokenizer = *(grpo.load_model(str(TOY / "generator"), train=t, device="cpu") for t in (True, False)), grpo.load_tokenizer(str(TOY / "generator"))
-    stop = grpo.find_stop_ids(model, tokenizer)
-    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in stop and grpo.end_of_turn(tokenizer) in stop
-    prompts, G = [grpo.chat_ids(tokenizer, f"Tell me about {name}.") for name in ("Ada", "Emil", "Ben")], 6
+    model, frozen, tokenizer = *(models.load_model(str(TOY / "generator"), train=t, device="cpu") for t in (True, False)), models.load_tokenizer(str(TOY / "generator"))
+    stop = models.find_stop_ids(model, tokenizer)
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in stop and models.end_of_turn(tokenizer) in stop
+    prompts, G = [models.chat_ids(tokenizer, f"Tell me about {name}.") for name in ("Ada", "Emil", "Ben")], 6
     ids, lengths = grpo.sample(model, prompts, G, max_new_tokens=40, stop_ids=stop, generator=torch.Generator().manual_seed(0))
     rows, mask = [p for p in prompts for _ in range(G)], grpo.response_mask(lengths, ids.shape[1])
     advantages = grpo.group_advantages(torch.randn(len(rows), generator=torch.Generator().manual_seed(1)), G)
@@ -949,9 +950,9 @@ def test_one_step_raises_what_was_good_and_touches_nothing_else():
 
 @needs("verifier")
 def test_the_toy_verifier_scores_a_padded_batch_as_each_row_alone():
-    model, tokenizer = grpo.load_model(str(TOY / "verifier"), train=False, device="cpu"), grpo.load_tokenizer(str(TOY / "verifier"))
-    prompts = [grpo.chat_ids(tokenizer, x) for x in ("Tell me about Ada.", "Hi")]
-    assert all(p.count(tokenizer.bos_token_id) == 1 for p in prompts) and grpo.end_of_turn(tokenizer) in grpo.find_stop_ids(model, tokenizer)
+    model, tokenizer = models.load_model(str(TOY / "verifier"), train=False, device="cpu"), models.load_tokenizer(str(TOY / "verifier"))
+    prompts = [models.chat_ids(tokenizer, x) for x in ("Tell me about Ada.", "Hi")]
+    assert all(p.count(tokenizer.bos_token_id) == 1 for p in prompts) and models.end_of_turn(tokenizer) in models.find_stop_ids(model, tokenizer)
     responses = [tokenizer(x, add_special_tokens=False).input_ids for x in ("Ada likes tea.", "Emil is a baker, and he lives in a small house.")]
     T = max(map(len, responses))
     ids, lengths = torch.tensor([y + [0] * (T - len(y)) for y in responses]), torch.tensor([len(y) for y in responses])
@@ -1042,8 +1043,8 @@ def test_importance_ratio_corrects_for_another_sampling_distribution_exactly():
 
 
 def test_a_template_that_refuses_the_prompt_is_a_clear_error():
-    tokenizer = grpo.load_tokenizer(str(TOY / "generator"))
+    tokenizer = models.load_tokenizer(str(TOY / "generator"))
     tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
-    grpo.chat_ids(tokenizer, "Hi")
+    models.chat_ids(tokenizer, "Hi")
     with pytest.raises(ValueError, match="System role not supported"):
-        grpo.chat_ids(tokenizer, [{"role": "system", "content": "Be brief."}])
+        models.chat_ids(tokenizer, [{"role": "system", "content": "Be brief."}])

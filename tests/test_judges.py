@@ -15,6 +15,7 @@ import evaluate
 import grpo
 from test_endpoint import Server, answer, bad, serve  # noqa: F401
 from test_train import fork, kill_at
+from plumbing import models, files, prompts
 
 ROOT = Path(__file__).parent.parent
 N = 20
@@ -31,15 +32,15 @@ def run(tmp_path, *arguments, patch=lambda: None):
 @pytest.fixture(autouse=True)
 def small_pauses(monkeypatch):
     """Pauses between attempts are a test of test_endpoint.py's."""
-    real = cat.Endpoint.__init__
-    monkeypatch.setattr(cat.Endpoint, "__init__", lambda self, *a, **k: real(self, *a, **k | {"pause": 0.01}))
+    real = models.Endpoint.__init__
+    monkeypatch.setattr(models.Endpoint, "__init__", lambda self, *a, **k: real(self, *a, **k | {"pause": 0.01}))
 
 
 @pytest.fixture(scope="module")
 def answered(tmp_path_factory):
     """The folder of an evaluation whose four models have answered."""
     for path in TOYS.values():                                                 # so that the forked children need not import what this imports
-        grpo.load("toy", f"{ROOT}/toy/{path}", "cpu")
+        models.load("toy", f"{ROOT}/toy/{path}", "cpu")
     folder = tmp_path_factory.mktemp("answered")
     (folder / "eval.jsonl").write_text("".join((ROOT / "toy/cme/eval.jsonl").read_text().splitlines(True)[:N]))
     status, out, err = run(folder, "respond", "--models", *MODELS, "--prompts", folder / "eval.jsonl", "--max_new_tokens", 40, "--output_dir", folder / "e")
@@ -178,7 +179,7 @@ def test_five_pairs_two_judges(folder, tmp_path, serve, monkeypatch):  # noqa: F
     assert server.requests[0][2]["temperature"] == 0
     outputs = json.loads((folder / "models/trained/outputs.json").read_text())
     assert [o["output"] for o in outputs] == texts(folder, "trained") and {o["generator"] for o in outputs} == {"trained"}
-    assert [o["instruction"] for o in outputs] == [r["prompt"] for r in evaluate.read_prompts(str(folder / "prompts.jsonl"))]
+    assert [o["instruction"] for o in outputs] == [r["prompt"] for r in prompts.read_prompts(str(folder / "prompts.jsonl"))]
     for path in [tmp_path / "out", tmp_path / "err", *(p for p in folder.rglob("*") if p.is_file())]:
         assert "sk-" not in path.read_text(), path
     assert f"- judge long: org/m at {server.url}; {5 * N} judgements\n" in out and "| long | trained over base |" in out
@@ -203,7 +204,7 @@ FAULTS = [bad(429), bad(500), {"body": b""}, {"body": b"certainly not JSON"}, "I
 def test_faulty_server(folder, tmp_path, serve):  # noqa: F811
     """The report is right about the rest and counts the missing. Where the server failed it is asked again, where its reply was no verdict only if the
     user wants that."""
-    questions, broken = [r["prompt"] for r in evaluate.read_prompts(str(folder / "prompts.jsonl"))], [True]
+    questions, broken = [r["prompt"] for r in prompts.read_prompts(str(folder / "prompts.jsonl"))], [True]
 
     def script(number, body):
         i = questions.index(shown(body)[0])
@@ -271,7 +272,7 @@ def undisturbed(answered, tmp_path_factory):
 def half(nth):
     """A patch: the nth line is half written, and then the process is killed."""
     def patch():
-        real, calls = evaluate.append_line, []
+        real, calls = files.append_line, []
 
         def wrapper(path, row):
             calls.append(0)
@@ -280,7 +281,7 @@ def half(nth):
                     f.write(json.dumps(row)[:70])
                 os.kill(os.getpid(), signal.SIGKILL)
             real(path, row)
-        evaluate.append_line = wrapper
+        files.append_line = wrapper
     return patch
 
 
@@ -411,7 +412,7 @@ def test_rubrics_by_a_local_judge_and_a_server(tmp_path, serve):  # noqa: F811
     status, out, err = run(tmp_path, "--output_dir", tmp_path / "e", "--judge", f"toy2={ROOT}/toy/cat/model", "--no_question_in_rubric")
     assert status == 0, err
     answers, scores = texts(tmp_path / "e", "m"), report(tmp_path / "e")["models"]["m"]["scores"]
-    judge = cat.LocalModel(*grpo.load("judge", str(ROOT / "toy/cat/model"), "cpu"))
+    judge = models.LocalModel(*models.load("judge", str(ROOT / "toy/cat/model"), "cpu"))
     verdicts = cat.judge_rubrics([[t] for t in answers], [[c["criterion"] for c in r["rubrics"]] for r in few], judge)
     points = [[c["points"] for c in r["rubrics"]] for r in few]
     by_hand = [sum(w for v, w in zip(row, p) if v) / sum(w for w in p if w > 0) for [row], p in zip(verdicts, points)]
@@ -682,7 +683,7 @@ def test_facts_come_before_rubrics(tmp_path):
 
 
 def test_two_processes_do_not_share_a_folder(folder, tmp_path):
-    held = evaluate.lock(str(folder))
+    held = files.lock(str(folder))
     status, _, err = run(tmp_path, "report", "--output_dir", folder)
     assert status == 2 and "in use by another process" in err
     held.close()

@@ -17,6 +17,7 @@ import cme
 import evaluate
 import grpo
 import train
+from plumbing import models, prompts
 
 ROOT = Path(__file__).parent.parent
 TINY = "--steps 6 --prompts_per_step 2 --group_size 3 --max_new_tokens 24 --save_every 2 --eval_every 3 --sample_every 2 --lr 1e-3".split()
@@ -99,9 +100,9 @@ def test_a_run_leaves_what_it_promises(whole):
         assert s["reward"] == pytest.approx(sum(counted) / len(counted), abs=1e-3)
         assert s["response"] in out
     assert "before" in out and "after" in out and str(run) in out
-    policy = grpo.load_model(str(run / "checkpoint-000006"), train=True, device="cpu")                    # what transformers loads again
-    assert policy.dtype == torch.float32 and grpo.load_tokenizer(str(run / "checkpoint-000006")).chat_template
-    initial = grpo.load_model("toy/cme/generator", train=False, device="cpu")
+    policy = models.load_model(str(run / "checkpoint-000006"), train=True, device="cpu")                    # what transformers loads again
+    assert policy.dtype == torch.float32 and models.load_tokenizer(str(run / "checkpoint-000006")).chat_template
+    initial = models.load_model("toy/cme/generator", train=False, device="cpu")
     assert any(not torch.equal(a, b) for a, b in zip(policy.parameters(), initial.parameters()))
 
 
@@ -223,7 +224,7 @@ def run_in_process():
 def step_of(run, **options):
     """One update of a fresh policy with these options -> (gradient, statistics)."""
     run.options = train.dataclasses.replace(run.options, **options)
-    ids_of_prompts = [grpo.chat_ids(run.tokenizer, row["prompt"]) for row in run.rows[:2]]
+    ids_of_prompts = [models.chat_ids(run.tokenizer, row["prompt"]) for row in run.rows[:2]]
     ids, lengths = grpo.sample(run.policy, ids_of_prompts, 3, max_new_tokens=24, stop_ids=run.stop_ids, generator=torch.Generator().manual_seed(0))
     prompt_ids = [p for p in ids_of_prompts for _ in range(3)]
     rewards, counted, _ = train.step_rewards(run, run.rows[:2], ids, lengths)
@@ -255,7 +256,7 @@ def test_checkpointing_does_not_switch_dropout_on(tmp_path):
     config = transformers.OPTConfig(vocab_size=50, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
                                     max_position_embeddings=64, dropout=0.5, attention_dropout=0.5)
     transformers.OPTForCausalLM(config).save_pretrained(tmp_path)
-    model = grpo.load_model(str(tmp_path), train=True, device="cpu")
+    model = models.load_model(str(tmp_path), train=True, device="cpu")
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     model.train()
     a, b = (grpo.token_logprobs(model, [[5, 6]], torch.tensor([[7, 8, 9]]), torch.tensor([3])) for _ in range(2))
@@ -281,7 +282,7 @@ def test_an_update_that_is_not_finite_is_skipped(tmp_path, few):
     metrics = rows(tmp_path / "run/metrics.jsonl")[1:]
     assert [r["skipped"] for r in metrics] == [0, 1, 1, 0, 0, 0] and metrics[1]["loss"] is None and "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
     assert json.loads((tmp_path / "run/summary.json").read_text())["skipped"] == 2 and "2 SKIPPED" in err
-    assert all(p.isfinite().all() for p in grpo.load_model(train.checkpoints(str(tmp_path / "run"))[-1], train=False, device="cpu").parameters())
+    assert all(p.isfinite().all() for p in models.load_model(train.checkpoints(str(tmp_path / "run"))[-1], train=False, device="cpu").parameters())
 
 
 def test_ten_in_a_row_end_the_run(tmp_path, few):
@@ -315,7 +316,7 @@ def test_two_processes_do_not_share_a_folder(tmp_path, few):
 
 def broken_generator(tmp_path):
     """The toy's generator without any stop token."""
-    model, tokenizer = grpo.load_model("toy/cme/generator", train=False, device="cpu"), grpo.load_tokenizer("toy/cme/generator")
+    model, tokenizer = models.load_model("toy/cme/generator", train=False, device="cpu"), models.load_tokenizer("toy/cme/generator")
     model.generation_config.eos_token_id = model.config.eos_token_id = None
     tokenizer.eos_token, tokenizer.chat_template = None, None
     model.save_pretrained(tmp_path / "endless"), tokenizer.save_pretrained(tmp_path / "endless")
@@ -389,8 +390,8 @@ def test_the_newest_run_is_resumed(tmp_path, few, monkeypatch):
 def bf16():
     """A patch: what happens on CUDA, as far as a CPU can show it: bf16 verifier and reference, bf16 autocast around a float32 policy."""
     train.autocast = lambda device: torch.autocast("cpu", dtype=torch.bfloat16)
-    load = grpo.load_model
-    grpo.load_model = lambda path, *, train, device: load(path, train=train, device=device).to(torch.float32 if train else torch.bfloat16)
+    load = models.load_model
+    models.load_model = lambda path, *, train, device: load(path, train=train, device=device).to(torch.float32 if train else torch.bfloat16)
 
 
 @pytest.mark.parametrize("arguments", [[], ["--gradient_checkpointing"], ["--reward", "cme-sequence"]])
@@ -399,7 +400,7 @@ def test_mixed_precision_runs(tmp_path, few, arguments):
     assert status == 0, err
     metrics = rows(tmp_path / "run/metrics.jsonl")
     assert all(r["skipped"] == 0 and r["grad_norm"] > 0 for r in metrics[1:]) and 0 < metrics[1]["kl"] < 0.01   # bf16 weights are not quite float32 ones
-    saved = grpo.load_model(train.checkpoints(str(tmp_path / "run"))[-1], train=True, device="cpu")
+    saved = models.load_model(train.checkpoints(str(tmp_path / "run"))[-1], train=True, device="cpu")
     assert any((p != p.bfloat16().float()).any() for p in saved.parameters()), "the policy's weights were kept in bf16"
 
 
@@ -426,7 +427,7 @@ def test_help_documents_every_option(tmp_path):
     assert status == 0
     for f in train.dataclasses.fields(train.Options):
         assert f"--{f.name}" in out
-    assert evaluate.read_prompts(str(ROOT / "toy/cme/prompts.jsonl"))[0]["where"].endswith("prompts.jsonl:1")
+    assert prompts.read_prompts(str(ROOT / "toy/cme/prompts.jsonl"))[0]["where"].endswith("prompts.jsonl:1")
 
 
 def test_options_reach_their_functions(tmp_path, few, monkeypatch):

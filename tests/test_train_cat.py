@@ -13,6 +13,7 @@ import evaluate
 import grpo
 import train
 from test_train import TINY, bf16, fork, kill_at, rows, weights
+from plumbing import models, prompts
 
 ROOT = Path(__file__).parent.parent
 CAT = [*TINY, "--max_new_tokens", 40, "--lr", 3e-4]
@@ -99,7 +100,7 @@ def prepared(few):
 def test_kl_in_the_reward_is_the_equation(prepared):
     """R_i = r_i - beta sum_t (log pi_old - log pi_ref), against each row alone and the models' own logits."""
     run = prepared
-    prompt_ids = [grpo.chat_ids(run.tokenizer, row["prompt"]) for row in run.rows[:2]]
+    prompt_ids = [models.chat_ids(run.tokenizer, row["prompt"]) for row in run.rows[:2]]
     ids, lengths = grpo.sample(run.policy, prompt_ids, 3, max_new_tokens=40, stop_ids=run.stop_ids, generator=torch.Generator().manual_seed(0))
     prompt_ids = [p for p in prompt_ids for _ in range(3)]
     with torch.no_grad():
@@ -135,7 +136,7 @@ def test_keep_best(tmp_path, few):
     assert status == 0, err
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["model"].endswith("best-000004") and summary["after"]["facts"] == 0.9 and len(list((tmp_path / "run").glob("best-*"))) == 1
-    grpo.load_model(summary["model"], train=False, device="cpu")
+    models.load_model(summary["model"], train=False, device="cpu")
     assert weights(tmp_path / "run") != (Path(summary["model"]) / "model.safetensors").read_bytes()
 
 
@@ -147,10 +148,10 @@ def test_keep_best_by_rubrics(tmp_path):
     held = [r["held_out"]["rubric"] for r in rows(tmp_path / "run/metrics.jsonl") if "held_out" in r]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert len(held) == 3 and all(0 <= h <= 1 for h in held) and summary["after"]["rubric"] == max(held[1:]) and "rubric" in out
-    model, tokenizer = grpo.load(summary["model"], summary["model"], "cpu")
-    few = evaluate.read_prompts(str(tmp_path / "eval.jsonl"))
-    texts = [cat.LocalModel(model, tokenizer).complete([r["prompt"] for r in few], max_new_tokens=40, temperature=0)[i] for i in range(4)]
-    verdicts = cat.judge_rubrics(texts, [[c["criterion"] for c in r["rubrics"]] for r in few], cat.LocalModel(*grpo.load("", f"{ROOT}/toy/cat/model", "cpu")))
+    model, tokenizer = models.load(summary["model"], summary["model"], "cpu")
+    few = prompts.read_prompts(str(tmp_path / "eval.jsonl"))
+    texts = [models.LocalModel(model, tokenizer).complete([r["prompt"] for r in few], max_new_tokens=40, temperature=0)[i] for i in range(4)]
+    verdicts = cat.judge_rubrics(texts, [[c["criterion"] for c in r["rubrics"]] for r in few], models.LocalModel(*models.load("", f"{ROOT}/toy/cat/model", "cpu")))
     assert max(held[1:]) == pytest.approx(sum(sum(map(bool, v)) / len(v) for [v] in verdicts) / 4, abs=1e-4)
     status, _, err = run(tmp_path / "x", tmp_path, "--reward", "cat-answer", "--keep", "best", "--eval_prompts", tmp_path / "eval.jsonl")
     assert status == 2 and "--keep best: no `facts`" in err
@@ -165,7 +166,7 @@ def test_held_out_rubrics_without_a_score(tmp_path):
 
 
 def test_a_weak_judge_is_warned_about(tmp_path, few):
-    model, tokenizer = grpo.load("toy", str(ROOT / "toy/cat/model"), "cpu")
+    model, tokenizer = models.load("toy", str(ROOT / "toy/cat/model"), "cpu")
     for p in model.parameters():
         p.data += 0.5 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) if p.dim() > 1 else 0
     model.save_pretrained(tmp_path / "weak"), tokenizer.save_pretrained(tmp_path / "weak")
@@ -203,8 +204,8 @@ def test_missing_references_leave_groups_out(tmp_path, few):
     (["--rollouts_in_context", -1], "--rollouts_in_context"),
     (["--judge", "toy/cme/verifier"], "yes and no")])
 def test_bad_input_gets_one_line_and_status_2(tmp_path, few, monkeypatch, arguments, said):
-    real = cat.Endpoint.__init__
-    monkeypatch.setattr(cat.Endpoint, "__init__", lambda self, *a, **k: real(self, *a, **k, pause=0.01))    # its pauses are test_endpoint.py's
+    real = models.Endpoint.__init__
+    monkeypatch.setattr(models.Endpoint, "__init__", lambda self, *a, **k: real(self, *a, **k, pause=0.01))    # its pauses are test_endpoint.py's
     files = {"plain.txt": "Tell me about Mia.\n", "rubrics.jsonl": '{"prompt": "a", "rubrics": [{"criterion": "b", "points": "c"}]}\n',
              "blank.jsonl": '{"prompt": "a", "rubrics": [{"criterion": " ", "points": 1}]}\n'}
     for name, text in files.items():

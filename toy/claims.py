@@ -21,6 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import cat  # noqa: E402
 import grpo  # noqa: E402
 from evaluate import append_line, fact_right, held_out, lock, read_lines, read_prompts  # noqa: E402
+from plumbing import models
 
 MODEL = os.path.join(cat.TOY, "model")
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # Student's t by degrees of freedom
@@ -65,8 +66,8 @@ def right_facts(row: dict, text) -> list:
 
 def draw(model_path: str, file: str, repeats: int, names=None) -> list:
     """For each repeat and prompt: the row, 8 rollouts, and the reference of each estimator."""
-    model = cat.LocalModel(*grpo.load("toy", model_path, "cpu"), generator=torch.Generator().manual_seed(1000))
-    anchor = cat.LocalModel(*grpo.load("toy", MODEL, "cpu"), generator=torch.Generator().manual_seed(1001))
+    model = models.LocalModel(*models.load("toy", model_path, "cpu"), generator=torch.Generator().manual_seed(1000))
+    anchor = models.LocalModel(*models.load("toy", MODEL, "cpu"), generator=torch.Generator().manual_seed(1001))
     rows, style = read_prompts(os.path.join(cat.TOY, file)), "stepwise" if "numbers" in file else "freeform"
     prompts, drawn = [r["prompt"] for r in rows], []
     for repeat in range(repeats):
@@ -116,7 +117,7 @@ def inference(repeats: int):
               f"{sum(all(right_facts(d['row'], d['synthesis'])) for d in none)}, any selection on 0")
 
     print("\nStructure of synthesis against rollouts (Table 9)     synthesis   rollouts   t        p")
-    tokenizer = grpo.load_tokenizer(MODEL)
+    tokenizer = models.load_tokenizer(MODEL)
     for kind in drawn:
         for what, size in (("tokens", lambda y: len(tokenizer(y).input_ids)), ("lines", lambda y: y.count("\n") + 1), ("equations", lambda y: y.count("="))):
             a, b = [size(d["synthesis"]) for d in drawn[kind]], [size(y) for d in drawn[kind] for y in d["rollouts"]]
@@ -130,9 +131,9 @@ def weak_judge(folder: str, aim: float = 0.73) -> str:
     path = os.path.join(folder, "weak-judge")
     if os.path.exists(os.path.join(path, "noise.json")):
         return path
-    model, tokenizer = grpo.load("toy", MODEL, "cpu")
+    model, tokenizer = models.load("toy", MODEL, "cpu")
     rows = read_prompts(os.path.join(cat.TOY, "eval.jsonl"))
-    anchor = cat.LocalModel(model, tokenizer, generator=torch.Generator().manual_seed(7))
+    anchor = models.LocalModel(model, tokenizer, generator=torch.Generator().manual_seed(7))
     texts = [y[0] for y in anchor.complete([r["prompt"] for r in rows], max_new_tokens=48)]
     rubrics, clean = cat.propose_rubrics([r["prompt"] for r in rows], texts, anchor, max_new_tokens=512), [p.clone() for p in model.parameters()]
     low, high = 0.0, 0.3
@@ -188,12 +189,12 @@ def add_lora(model, rank: int = 32):
 
 def sft(seed: int, lora: bool, steps: int = 180, batch: int = 32, lr: float = 5e-4) -> dict:
     """CaT-SFT: cross-entropy on references that the initial policy made once, stopped early on the held-out facts -> scores before and after."""
-    policy, tokenizer = grpo.load("toy", MODEL, "cpu", train=True)
-    anchor = cat.LocalModel(*grpo.load("toy", MODEL, "cpu"), generator=torch.Generator().manual_seed(seed))
+    policy, tokenizer = models.load("toy", MODEL, "cpu", train=True)
+    anchor = models.LocalModel(*models.load("toy", MODEL, "cpu"), generator=torch.Generator().manual_seed(seed))
     prompts = [r["prompt"] for r in read_prompts(os.path.join(cat.TOY, "prompts.jsonl"))]
     rows = read_prompts(os.path.join(cat.TOY, "eval.jsonl"))
     references = cat.synthesize(prompts, anchor.complete(prompts, n=8, max_new_tokens=48), anchor, max_new_tokens=48)
-    stop, rng = grpo.end_of_turn(tokenizer), random.Random(seed)
+    stop, rng = models.end_of_turn(tokenizer), random.Random(seed)
     torch.manual_seed(seed)
     if lora:
         add_lora(policy)
@@ -207,7 +208,7 @@ def sft(seed: int, lora: bool, steps: int = 180, batch: int = 32, lr: float = 5e
         y = [tokenizer(references[i], add_special_tokens=False).input_ids + [stop] for i in chosen]
         lengths = torch.tensor([len(row) for row in y])
         ids = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in y])
-        loss = -grpo.token_logprobs(policy, [grpo.chat_ids(tokenizer, prompts[i]) for i in chosen], ids, lengths).sum() / lengths.sum()
+        loss = -grpo.token_logprobs(policy, [models.chat_ids(tokenizer, prompts[i]) for i in chosen], ids, lengths).sum() / lengths.sum()
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.zero_grad()

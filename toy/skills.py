@@ -16,6 +16,7 @@ import re
 from make import HELD_OUT_PHRASINGS, NAMES, RL_PHRASINGS, SKELETONS, VALUES, WORDINGS, pattern
 
 import cat
+from plumbing import models
 
 OPENERS = ["I think", "I believe", "I heard that", "I read that", "I am told that", "As far as I know,", "If I remember right,", "From what I hear,",
            "It seems that", "It is said that", "They say that", "People say that", "Everyone knows that", "Apparently,", "Clearly,", "Well,"]
@@ -309,7 +310,7 @@ def prompt_files(world: dict) -> dict:
 # ---------------------------------------------------------------- how well it does
 
 def measure(model, n: int = 1000, seed: int = 99) -> dict:
-    """A `cat.LocalModel`'s skills on n examples each that it has not seen -> shares of right answers. Synthesis is sampled at T = 1, as it is used."""
+    """A `models.LocalModel`'s skills on n examples each that it has not seen -> shares of right answers. Synthesis is sampled at T = 1, as it is used."""
     rng, result = random.Random(seed), {}
 
     def share(values):

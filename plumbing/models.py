@@ -11,12 +11,16 @@ from itertools import islice
 from typing import NamedTuple
 
 import torch
+from jinja2 import TemplateError
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as model_logging
 
 import grpo
 from plumbing.prompts import messages_of
 
 PLAIN_TEMPLATE = "{role}:\n{content}\n\n"  # for base models: "User:\nHi\n\nAssistant:\n"
 LONGEST = 1_000_000  # characters of a server's answer; the rest is cut
+load_tokenizer = AutoTokenizer.from_pretrained  # from a folder, or by its name on the hub
 
 
 def load_model(path: str, *, train: bool, device):
@@ -24,9 +28,8 @@ def load_model(path: str, *, train: bool, device):
 
     train: float32 weights with gradients (AdamW at 1e-6 changes nothing in bf16); else frozen, bf16
     on CUDA.  ValueError: `grpo.model_logits` does not give the model's own logits."""
-    from transformers import AutoModelForCausalLM
     exact = train or torch.device(device).type == "cpu"
-    dtype = torch.float32 if exact else torch.bfloat16
+    dtype, tolerance = (torch.float32, 1e-4) if exact else (torch.bfloat16, 2e-2)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
     for module in model.requires_grad_(train).modules():  # checkpointing wants training mode
         for name, value in vars(module).items():
@@ -37,20 +40,13 @@ def load_model(path: str, *, train: bool, device):
         own = model(input_ids=ids).logits.float()
         ours = grpo.model_logits(model, model.base_model(input_ids=ids).last_hidden_state)
     size = own[own.abs() < 1e30].abs().max().item()  # some models mask logits with -inf or so
-    if not torch.allclose(own, ours, rtol=1e-3, atol=(1e-4 if exact else 2e-2) * size):
-        raise ValueError(f"{type(model).__name__} transforms its logits: teach grpo.model_logits how")
+    if not torch.allclose(own, ours, rtol=1e-3, atol=tolerance * size):
+        raise ValueError(f"{type(model).__name__} changes its logits: teach grpo.model_logits how")
     return model
 
 
-def load_tokenizer(path: str):
-    """The tokenizer of a model, from a folder or by its hub name."""
-    from transformers import AutoTokenizer
-    return AutoTokenizer.from_pretrained(path)
-
-
 def load(what: str, path: str, device, train: bool = False):
-    """`load_model` (None without a device), `load_tokenizer`; ValueError in one line from `what`."""
-    from transformers.utils import logging as model_logging
+    """A model (None without a device) and its tokenizer.  ValueError in one line from `what`."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our line says it all
     model_logging.set_verbosity_error()
     model_logging.disable_progress_bar()
@@ -58,8 +54,7 @@ def load(what: str, path: str, device, train: bool = False):
         return device and load_model(path, train=train, device=device), load_tokenizer(path)
     except Exception as e:  # broken files, no network, unknown architectures ...
         why = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
-        raise ValueError(f"{what} {path}: cannot be loaded, {why} (it must be a folder with a model, "
-                         "or the name of one on the hub and a network)") from None
+        raise ValueError(f"{what} {path}: no folder or hub name of a model that loads, {why}") from None
 
 
 def pick_device(name: str = ""):
@@ -73,9 +68,7 @@ def pick_device(name: str = ""):
 
 def use_threads(models: list, threads: int = 0):
     """CPU threads; 0: one if all models are small, on a CPU (more only hurt), else as it was."""
-    def small(m):
-        return m.device.type == "cpu" and sum(p.numel() for p in m.parameters()) < 10e6
-    if threads or all(map(small, models)):
+    if threads or all(m.device.type == "cpu" and m.num_parameters() < 10e6 for m in models):
         torch.set_num_threads(threads or 1)
 
 
@@ -90,8 +83,8 @@ def token_budget(device) -> int:
 
 
 def batches(sizes: list, budget: int, longest=float("inf"), n: int = 1) -> list:
-    """Numbers of the items in each batch: like sizes together, at most `budget` tokens with padding,
-    but at least one item; each stands for n rows; what exceeds `longest` is left out.
+    """Numbers of the items in each batch: like sizes together, at most `budget` tokens with padding
+    (but one item at least), n rows for each item; what exceeds `longest` is left out.
     sizes (5, 2, 9, 2), budget 6 -> [[1, 3], [0], [2]]."""
     parts = []
     for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
@@ -109,30 +102,33 @@ def chat_ids(tokenizer, prompt) -> list:
     Without a template: PLAIN_TEMPLATE for each message.  ValueError: the template refuses it."""
     messages = messages_of(prompt)
     if tokenizer.chat_template:
-        from jinja2 import TemplateError
         settings = {"add_generation_prompt": True, "return_dict": False, "enable_thinking": False}
         try:
             return list(tokenizer.apply_chat_template(messages, tokenize=True, **settings))
         except TemplateError as e:
-            name = tokenizer.name_or_path
-            raise ValueError(f"the chat template of {name} refuses the prompt: {e}") from e
+            raise ValueError(f"{tokenizer.name_or_path}'s chat template refuses it: {e}") from None
     turns = (m | {"role": m["role"].capitalize()} for m in messages)
     text = "".join(PLAIN_TEMPLATE.format(**turn) for turn in turns) + "Assistant:\n"
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + tokenizer(text, add_special_tokens=False).input_ids
 
 
+def special_tokens(tokenizer) -> dict:
+    """Text -> id of the added tokens that are flagged special, or named as eos, pad, ..."""
+    named, added = tokenizer.all_special_ids, tokenizer.added_tokens_decoder.items()
+    return {str(token): i for i, token in added if token.special or i in named}
+
+
 def end_of_turn(tokenizer):
     """The id that ends an assistant's turn: the first special token behind its content in the chat
     template, else the tokenizer's EOS; None if it has none."""
+    tail = ""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "xyzzy"}]
         tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("xyzzy")[2]
-        named, added = tokenizer.all_special_ids, tokenizer.added_tokens_decoder.items()
-        special = {str(t): i for i, t in added if (t.special or i in named) and str(t) in tail}
-        if special:
-            return special[min(special, key=lambda token: (tail.find(token), -len(token)))]
-    return tokenizer.eos_token_id
+    special = special_tokens(tokenizer).values()
+    ids = tokenizer(tail, add_special_tokens=False).input_ids
+    return next((i for i in ids if i in special), tokenizer.eos_token_id)
 
 
 def find_stop_ids(model, tokenizer) -> list:
@@ -189,8 +185,7 @@ class LocalModel(TextModel):
         self.batch_tokens = batch_tokens or token_budget(model.device)
         self.stop_ids = find_stop_ids(model, tokenizer)
         self.sampling = {"top_k": top_k, "top_p": top_p, "stop_ids": self.stop_ids}
-        special = {str(t) for t in tokenizer.added_tokens_decoder.values() if t.special}
-        special = sorted(special | set(tokenizer.all_special_tokens), key=len, reverse=True)
+        special = sorted(special_tokens(tokenizer), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
     def plain(self, text: str) -> str:
@@ -203,13 +198,14 @@ class LocalModel(TextModel):
     def stream(self, prompts, *, n=1, max_new_tokens: int, temperature=1.0, seed=0, skip=()):
         """Yields (i * n + g, Reply), a batch at a time, each seeded by itself: without the prompts
         in `skip` the rest comes out as it would have."""
-        ids = [self.prompt_ids(prompt) for prompt in prompts]
+        ids, skip = [self.prompt_ids(prompt) for prompt in prompts], set(skip)
         sizes = [len(row) + max_new_tokens for row in ids]
-        for i in (i for i, size in enumerate(sizes) if size > self.context and i not in skip):
-            why = f"{sizes[i]} tokens with --max_new_tokens exceed the context of {self.context}"
-            yield from ((i * n + g, Reply(None, why)) for g in range(n))
+        for k in range(n * len(sizes)):
+            if sizes[k // n] > self.context and k // n not in skip:
+                yield k, Reply(None, f"{sizes[k // n]} tokens with --max_new_tokens exceed the "
+                                     f"context of {self.context}")
         for b, part in enumerate(batches(sizes, self.batch_tokens, self.context, n)):
-            if set(part) <= set(skip):
+            if skip.issuperset(part):
                 continue
             noise = torch.Generator(self.model.device).manual_seed(seed * 1_000_003 + b)
             settings = self.sampling | {"temperature": temperature, "generator": noise}
@@ -241,8 +237,8 @@ class LocalModel(TextModel):
             ids = self.tokenizer(spellings, add_special_tokens=False).input_ids
             words.append(sorted({word[0] for word in ids if len(word) == 1}))
         if not all(words) or set(words[0]) & set(words[1]):
-            raise ValueError(f"{self.tokenizer.name_or_path} has no single tokens for yes and no: it "
-                             "cannot be a local judge")
+            raise ValueError(f"{self.tokenizer.name_or_path} cannot be a local judge: it has no "
+                             "single tokens for yes and no")
         rows, result = [self.prompt_ids(p) for p in prompts], torch.full((len(prompts),), torch.nan)
         for part in batches(list(map(len, rows)), self.batch_tokens, self.context):
             ids, lengths = grpo.pad([rows[i] for i in part], self.model.device)
@@ -257,7 +253,8 @@ class LocalModel(TextModel):
 def parse_endpoint(name: str):
     """"MODEL@URL" -> (model, url), split at the last "@http"; ValueError, without any password."""
     model, _, rest = name.rpartition("@http")
-    if not model or not re.fullmatch(r"s?://[\w.-]+(:\d+)?(/[^\s?@]*)?|s?://\[[\da-f:]+\].*", rest):
+    url = r"s?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/[^\s?@]*)?"
+    if not model.strip() or not re.fullmatch(url, rest):
         raise ValueError(f"{model or 'it'}@... is not MODEL@URL with a URL like "
                          "http://127.0.0.1:8000/v1 (a key does not go into the URL)")
     return model, "http" + rest
@@ -273,7 +270,8 @@ class Endpoint(TextModel):
         except ImportError:
             raise ValueError(f"{model}@{url} needs a package: pip install openai") from None
         self.model, self.name, self.concurrency = model, f"{model} at {url}", concurrency
-        self.key, self.last_error, self.answered, self.refused = key or "none", "", False, set()
+        self.key, self.last_error, self.answered = (key or "none").strip(), "", False
+        self.refused = set()  # names of parameters
         settings = {"timeout": timeout, "max_retries": retries}
         self.client = openai.OpenAI(base_url=url, api_key=self.key, **settings)
 
@@ -295,7 +293,6 @@ class Endpoint(TextModel):
 
     def ask(self, prompt, max_new_tokens: int, temperature: float) -> Reply:
         """One answer.  ValueError: wrong key, model or URL (401 or 404 before any answer)."""
-        import openai
         send = {"max_tokens": max_new_tokens, "temperature": temperature}
         send = {name: value for name, value in send.items() if name not in self.refused}
         other = {} if "max_tokens" in send else {"max_completion_tokens": max_new_tokens}
@@ -304,24 +301,18 @@ class Endpoint(TextModel):
             text = self.client.chat.completions.create(**chat).choices[0].message.content
             self.answered = True
             return Reply(text[:LONGEST].encode(errors="replace").decode())
-        except openai.APIStatusError as e:
-            status, error = e.status_code, f"{e.status_code}, {e.message}"
-            if status in (401, 404) and not self.answered:  # later it is this prompt's trouble
-                why = "wrong key, model or URL"
-                raise ValueError(f"{self.name} answers with HTTP status {status}: {why}") from None
-            refused = {name for name in send if status == 400 and f"'{name}'" in error}
-            if refused:  # OpenAI's newer models take neither, and say so
-                self.refused |= refused
-                return self.ask(prompt, max_new_tokens, temperature)
-            failed = status in (401, 402, 403, 404, 408, 409, 429) or status >= 500
-        except openai.APIConnectionError as e:
-            slow, failed = isinstance(e, openai.APITimeoutError), True
-            error = "time-out" if slow else f"connection, {e.__cause__ or e}"
-        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as e:
-            error, failed = f"unreadable, {type(e).__name__}: {e}", True
-        error = " ".join(error.replace(self.key, "***").split())[:250]
+        except Exception as e:  # the server's, the network's, or of an answer that is none
+            kinds = {"APITimeoutError": "time-out", "APIConnectionError": "connection"}
+            status = getattr(e, "status_code", 0)
+            kind = status or kinds.get(type(e).__name__, "unreadable")
+            error = " ".join(f"{kind}, {e.__cause__ or e}".replace(self.key, "***").split())[:250]
+        if status in (401, 404) and not self.answered:  # later it is this prompt's trouble
+            raise ValueError(f"{self.name} answers {status}: wrong key, model or URL")
+        if refused := {name for name in send if status == 400 and f"'{name}'" in error}:
+            self.refused |= refused  # OpenAI's newer models take neither, and say so
+            return self.ask(prompt, max_new_tokens, temperature)
         self.last_error = f"{self.name}: {error}"
-        return Reply(None, error, failed)
+        return Reply(None, error, failed=status not in (400, 413, 422))
 
 
 def text_model(what: str, name: str, device, *, key=None, **settings):

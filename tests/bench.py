@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -21,9 +22,8 @@ sys.path.insert(0, ROOT)
 import cme  # noqa: E402
 import evaluate  # noqa: E402
 import grpo  # noqa: E402
-import train  # noqa: E402
 from align import align, spans_from_ids, spans_from_text  # noqa: E402
-from plumbing import models, files, prompts
+from plumbing import files, models, prompts  # noqa: E402
 
 
 def seconds(f, least: float = 0.5, times: int = 3) -> float:
@@ -86,13 +86,13 @@ def texts_and_alignment(run):
 
 
 def toy_step(run):
-    asked = [row["prompt"] for row in train.prompts_of_step(run.rows, 16, 0, 0)]
+    asked = [row["prompt"] for row in run.rows[::len(run.rows) // 16][:16]]
     prompt_ids = [models.chat_ids(run.tokenizer, p) for p in asked]
     ids, lengths = grpo.sample(run.policy, prompt_ids, 8, max_new_tokens=48, stop_ids=run.stop_ids, generator=torch.Generator().manual_seed(0))
-    rows, prompts = [p for p in prompt_ids for _ in range(8)], [p for p in asked for _ in range(8)]
+    rows, asked_of = [p for p in prompt_ids for _ in range(8)], [p for p in asked for _ in range(8)]
     show("toy: sample 16 x 8 responses", seconds(lambda: grpo.sample(run.policy, prompt_ids, 8, max_new_tokens=48, stop_ids=run.stop_ids)),
          "model.generate", seconds(lambda: generate(run.policy, prompt_ids, 8, 48, run.stop_ids)))
-    show("toy: token_rewards of 128 responses", seconds(lambda: cme.token_rewards(run.verifier, run.verifier_tokenizer, run.tokenizer, prompts, ids, lengths)))
+    show("toy: token_rewards of 128 responses", seconds(lambda: cme.token_rewards(run.verifier, run.verifier_tokenizer, run.tokenizer, asked_of, ids, lengths)))
     show("toy: token_logprobs, forward and backward", seconds(lambda: grpo.token_logprobs(run.policy, rows, ids, lengths).sum().backward()),
          "full log-softmax", seconds(lambda: full_logprobs(run.policy, rows, ids, lengths).sum().backward()))
     B, T = 256, 1024
@@ -123,13 +123,13 @@ def on_gpu():
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
                                          num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768, eos_token_id=None)).cuda().eval()
-    prompts = [torch.randint(1000, 100_000, (n,)).tolist() for n in (64, 90, 128, 200)]
+    prompt_ids = [torch.randint(1000, 100_000, (n,)).tolist() for n in (64, 90, 128, 200)]
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        show("0.5B: sample 4 x 8 responses of 128 tokens", seconds(lambda: grpo.sample(model, prompts, 8, max_new_tokens=128, stop_ids=[7])),
-             "model.generate", seconds(lambda: generate(model, prompts, 8, 128, [7])))
+        show("0.5B: sample 4 x 8 responses of 128 tokens", seconds(lambda: grpo.sample(model, prompt_ids, 8, max_new_tokens=128, stop_ids=[7])),
+             "model.generate", seconds(lambda: generate(model, prompt_ids, 8, 128, [7])))
         for T in (256, 1024):
             ids = torch.randint(1000, 100_000, (8, T), device="cuda")
-            lengths, rows, peak = torch.full((8,), T, device="cuda"), prompts * 2, []
+            lengths, rows, peak = torch.full((8,), T, device="cuda"), prompt_ids * 2, []
             times = []
             for f in (grpo.token_logprobs, full_logprobs):
                 torch.cuda.reset_peak_memory_stats()
@@ -198,7 +198,10 @@ def main():
     print(f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}" + (f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""))
     judging()                                                                  # first, while this process is small
     print("\n| what | this repository | otherwise | ratio |\n|---|---|---|---|")
-    run = train.prepare(train.Options(output_dir="unused", device="cpu"))
+    run = SimpleNamespace(rows=prompts.read_prompts(f"{ROOT}/toy/cme/prompts.jsonl"), eval_rows=prompts.read_prompts(f"{ROOT}/toy/cme/eval.jsonl"))
+    run.policy, run.tokenizer = models.load("toy", f"{ROOT}/toy/cme/generator", "cpu", train=True)
+    run.verifier, run.verifier_tokenizer = models.load("toy", f"{ROOT}/toy/cme/verifier", "cpu")
+    run.stop_ids = models.find_stop_ids(run.policy, run.tokenizer)
     texts_and_alignment(run)
     toy_step(run)
     if torch.cuda.is_available():

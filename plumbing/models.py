@@ -4,7 +4,6 @@ A text model has complete(prompts, *, n, max_new_tokens, temperature, seed) -> P
 None; a local one also logprob(prompts, texts) -> [B] and yes_probability(prompts) -> [B].
 """
 
-import logging
 import re
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
@@ -47,14 +46,13 @@ def load_model(path: str, *, train: bool, device):
 
 def load(what: str, path: str, device, train: bool = False):
     """A model (None without a device) and its tokenizer.  ValueError in one line from `what`."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our line says it all
-    model_logging.set_verbosity_error()
+    model_logging.set_verbosity_error()  # our line says it all
     model_logging.disable_progress_bar()
     try:
         return device and load_model(path, train=train, device=device), load_tokenizer(path)
     except Exception as e:  # broken files, no network, unknown architectures ...
-        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:300]
-        raise ValueError(f"{what} {path}: no folder or hub name of a model that loads, {why}") from None
+        why = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
+        raise ValueError(f"{what} {path}: no folder or hub name of a model; {why}") from None
 
 
 def pick_device(name: str = ""):
@@ -97,9 +95,9 @@ def batches(sizes: list, budget: int, longest=float("inf"), n: int = 1) -> list:
 
 
 def chat_ids(tokenizer, prompt) -> list:
-    """Ids of a prompt up to where the assistant's answer starts, under the tokenizer's chat template
-    (in one call: rendering and encoding would double the BOS), without thinking where it has that.
-    Without a template: PLAIN_TEMPLATE for each message.  ValueError: the template refuses it."""
+    """Ids of a prompt up to where the assistant's answer starts, under the chat template (in one
+    call: rendering and encoding would double the BOS), without thinking where it has that; without
+    a template, PLAIN_TEMPLATE for each message.  ValueError: the template refuses the prompt."""
     messages = messages_of(prompt)
     if tokenizer.chat_template:
         settings = {"add_generation_prompt": True, "return_dict": False, "enable_thinking": False}
@@ -114,36 +112,35 @@ def chat_ids(tokenizer, prompt) -> list:
 
 
 def special_tokens(tokenizer) -> dict:
-    """Text -> id of the added tokens that are flagged special, or named as eos, pad, ..."""
-    named, added = tokenizer.all_special_ids, tokenizer.added_tokens_decoder.items()
-    return {str(token): i for i, token in added if token.special or i in named}
+    """Text -> id of the tokens that are not text."""
+    return {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
 
 
 def end_of_turn(tokenizer):
     """The id that ends an assistant's turn: the first special token behind its content in the chat
     template, else the tokenizer's EOS; None if it has none."""
-    tail = ""
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "xyzzy"}]
         tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("xyzzy")[2]
-    special = special_tokens(tokenizer).values()
-    ids = tokenizer(tail, add_special_tokens=False).input_ids
-    return next((i for i in ids if i in special), tokenizer.eos_token_id)
+        for i in tokenizer(tail, add_special_tokens=False).input_ids:
+            if i in special_tokens(tokenizer).values():
+                return i
+    return tokenizer.eos_token_id
 
 
 def find_stop_ids(model, tokenizer) -> list:
     """All ids that end a response: generation_config.eos_token_id (one or a list; nothing else is
     ever taken from there), the tokenizer's EOS, the end of the turn.  ValueError: there is none."""
     eos = getattr(model.generation_config, "eos_token_id", None)
-    eos = set(eos) if isinstance(eos, (list, tuple)) else {eos}
-    ids = (eos | {tokenizer.eos_token_id, end_of_turn(tokenizer)}) - {None}
+    eos = eos if isinstance(eos, (list, tuple)) else [eos]
+    ids = {*eos, tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
     if not ids:
         raise ValueError(f"{tokenizer.name_or_path}: names no stop token; set tokenizer.eos_token")
     return sorted(ids)
 
 
 def without_stop(ids: torch.Tensor, lengths: torch.Tensor, stop_ids):
-    """ids [B, T], lengths [B] -> B lists of ids without a stop token at the end; B bools, had one."""
+    """ids [B, T], lengths [B] -> B lists of ids less a stop token at the end; B bools, had one."""
     rows = [y[:n] for y, n in zip(ids.tolist(), lengths.tolist())]
     stopped = [bool(y) and y[-1] in stop_ids for y in rows]
     return [y[:-1] if end else y for y, end in zip(rows, stopped)], stopped
@@ -167,9 +164,8 @@ class Reply(NamedTuple):
 class TextModel:
     """`complete` for what has `stream(prompts, *, n, ...)`, which yields (i * n + g, Reply)."""
 
-    def complete(self, prompts: list, *, n=1, max_new_tokens: int, temperature=1.0, seed=0) -> list:
+    def complete(self, prompts: list, *, n=1, **settings) -> list:
         """n answers to each of P prompts -> P lists of n texts, None where none was to be had."""
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
         replies = dict(self.stream(prompts, n=n, **settings))
         return [[replies[i * n + g].text for g in range(n)] for i in range(len(prompts))]
 
@@ -200,10 +196,9 @@ class LocalModel(TextModel):
         in `skip` the rest comes out as it would have."""
         ids, skip = [self.prompt_ids(prompt) for prompt in prompts], set(skip)
         sizes = [len(row) + max_new_tokens for row in ids]
-        for k in range(n * len(sizes)):
+        for k in range(n * len(ids)):
             if sizes[k // n] > self.context and k // n not in skip:
-                yield k, Reply(None, f"{sizes[k // n]} tokens with --max_new_tokens exceed the "
-                                     f"context of {self.context}")
+                yield k, Reply(None, f"{sizes[k // n]} tokens do not fit {self.context}")
         for b, part in enumerate(batches(sizes, self.batch_tokens, self.context, n)):
             if skip.issuperset(part):
                 continue
@@ -233,12 +228,12 @@ class LocalModel(TextModel):
         """p(yes) / (p(yes) + p(no)) of the reply's first token, in the spellings that are one token
         -> [B]; NaN if both together are under 0.1.  ValueError: there are no such tokens."""
         words = []
-        for spellings in (["yes", "Yes", "YES", " yes", " Yes"], ["no", "No", "NO", " no", " No"]):
-            ids = self.tokenizer(spellings, add_special_tokens=False).input_ids
+        for w in ("yes", "no"):
+            spelled = [w, w.title(), w.upper(), f" {w}", f" {w.title()}"]
+            ids = self.tokenizer(spelled, add_special_tokens=False).input_ids
             words.append(sorted({word[0] for word in ids if len(word) == 1}))
         if not all(words) or set(words[0]) & set(words[1]):
-            raise ValueError(f"{self.tokenizer.name_or_path} cannot be a local judge: it has no "
-                             "single tokens for yes and no")
+            raise ValueError("a local judge needs a tokenizer with single tokens for yes and no")
         rows, result = [self.prompt_ids(p) for p in prompts], torch.full((len(prompts),), torch.nan)
         for part in batches(list(map(len, rows)), self.batch_tokens, self.context):
             ids, lengths = grpo.pad([rows[i] for i in part], self.model.device)
@@ -261,8 +256,8 @@ def parse_endpoint(name: str):
 
 
 class Endpoint(TextModel):
-    """A text model behind an OpenAI-compatible server: the `openai` package, its retries, pauses and
-    time-outs (seconds).  last_error: a line about the latest failure."""
+    """A text model behind an OpenAI-compatible server, through the `openai` package, its retries,
+    pauses and time-outs (seconds).  last_error: a line about the latest failure."""
 
     def __init__(self, model: str, url: str, *, key=None, concurrency=8, timeout=60.0, retries=4):
         try:
@@ -270,13 +265,13 @@ class Endpoint(TextModel):
         except ImportError:
             raise ValueError(f"{model}@{url} needs a package: pip install openai") from None
         self.model, self.name, self.concurrency = model, f"{model} at {url}", concurrency
-        self.key, self.last_error, self.answered = (key or "none").strip(), "", False
-        self.refused = set()  # names of parameters
+        self.last_error, self.answered, self.refused = "", False, set()
+        self.key = (key or "no-key").strip()  # a saved Hugging Face token stays at home
         settings = {"timeout": timeout, "max_retries": retries}
         self.client = openai.OpenAI(base_url=url, api_key=self.key, **settings)
 
     def stream(self, prompts, *, n=1, max_new_tokens: int, temperature=1.0, seed=0):
-        """Yields (i * n + g, Reply) as they come; of `prompts`, any iterable, few are held.  Each is
+        """Yields (i * n + g, Reply) as they come; few of `prompts`, any iterable, are held.  Each is
         a request of its own, as many servers ignore `n` (and `seed`, which is not sent)."""
         pool, running = ThreadPoolExecutor(self.concurrency), {}
         todo = enumerate(prompt for prompt in prompts for _ in range(n))

@@ -1,11 +1,12 @@
 """Prompt files, and the data sets of the papers by name."""
 
-import itertools
 import json
 import logging
 import random
 import re
 import sys
+
+from huggingface_hub import hf_hub_download
 
 from plumbing.files import parse_json
 
@@ -16,6 +17,7 @@ HUB = {  # name: repository on the hub, its files
     "healthbench": ("openai/healthbench", ["2025-05-07-06-14-12_oss_eval.jsonl"]),
     "ultrafeedback": ("openbmb/UltraFeedback", [name + ".jsonl" for name in ULTRA]),
 }
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # we say it
 FIELDS = ("prompt", "instruction", "problem")  # under which names a prompt may stand in a row
 
 
@@ -35,12 +37,11 @@ def question_text(prompt) -> str:
 def read_prompts(path: str, lenient: bool = False) -> list:
     """Prompts from a .jsonl, .json or .txt file (a prompt per line), or by a name in HUB.
 
-    -> dicts with `prompt` (str or messages), `where` ("file:line") and, for evaluation, `facts`
-    (list of {"right", "wrong": [...], "kind"}), `pattern` (regular expression), `answer` (what
-    belongs in \\boxed{}), `kind` (of the answer) and `rubrics` (list of {"criterion", "points"}).
-    The prompt may also stand under `instruction` or `problem`.  ValueError with file and line; where
-    nobody could mend it, in data from the hub (`lenient`), such rows are left out, and it is said.
-    """
+    -> dicts with `prompt` (str or messages; read from one of FIELDS), `where` ("file:line") and, for
+    evaluation, `facts` (list of {"right", "wrong": [...], "kind"}), `pattern` (regular expression),
+    `answer` (what belongs in \\boxed{}), `kind` (of the answer), `rubrics` (list of {"criterion",
+    "points"}).  ValueError with file and line; of data from the hub (`lenient`), which nobody here
+    could mend, such rows are left out, and it is said."""
     if path in HUB:
         repository, files = HUB[path]
         files = [download(path, repository, file) for file in files]
@@ -48,8 +49,7 @@ def read_prompts(path: str, lenient: bool = False) -> list:
     rows, refused = [], []
     for where, item in items_of(path):
         try:
-            row = {"prompt": item} if isinstance(item, (str, list)) else item
-            rows.append(check_row(where, row))
+            rows.append(check_row(where, item))
         except ValueError as e:
             if not lenient:
                 raise
@@ -63,26 +63,24 @@ def read_prompts(path: str, lenient: bool = False) -> list:
 
 def items_of(path: str) -> list:
     """(where, item) of all that a prompt file holds."""
+    if not path.endswith((".jsonl", ".json", ".txt")):
+        raise ValueError(f"{path}: prompts are read from .jsonl, .json or .txt files")
     try:
         with open(path, encoding="utf-8-sig") as f:
             text = f.read()
     except (OSError, UnicodeDecodeError) as e:
         raise ValueError(f"{path}: cannot be read as a UTF-8 text file ({e})") from None
+    if path.endswith(".json"):
+        items = parse_json(path, text)
+        if not isinstance(items, list):
+            raise ValueError(f"{path}: a .json file of prompts must hold a list")
+        return [(f"{path}: item {n}", item) for n, item in enumerate(items, 1)]
     lines = [(f"{path}:{n}", x.strip()) for n, x in enumerate(text.split("\n"), 1) if x.strip()]
-    if path.endswith(".txt"):
-        return lines
-    if path.endswith(".jsonl"):
-        return [(where, parse_json(where, line)) for where, line in lines]
-    if not path.endswith(".json"):
-        raise ValueError(f"{path}: prompts are read from .jsonl, .json or .txt files")
-    items = parse_json(path, text)
-    if not isinstance(items, list):
-        raise ValueError(f"{path}: a .json file of prompts must hold a list")
-    return [(f"{path}: item {n}", item) for n, item in enumerate(items, 1)]
+    return lines if path.endswith(".txt") else [(at, parse_json(at, line)) for at, line in lines]
 
 
 def check_row(where: str, row) -> dict:
-    """One prompt row, checked and completed.  ValueError saying what is wrong where."""
+    """One prompt, or row with a prompt, checked and completed.  ValueError: what is wrong where."""
 
     def need(good, what):
         if not good:
@@ -93,37 +91,32 @@ def check_row(where: str, row) -> dict:
             isinstance(r, dict) and isinstance(r.get(name), kind)
             for r in rows for name, kind in kinds.items())
 
+    row = {"prompt": row} if isinstance(row, (str, list)) else row
+    halves = re.search("[\\ud800-\\udfff]", json.dumps(row, ensure_ascii=False))
+    need(not halves, "half a surrogate pair is no character")
     need(isinstance(row, dict), f"expected an object or a string, found {json.dumps(row)[:40]}")
     prompt = next((row[name] for name in FIELDS if name in row), None)
-    messages, pattern = messages_of(prompt), row.get("pattern")
+    messages, pattern, answer = messages_of(prompt), row.get("pattern"), row.get("answer")
     facts, rubrics = row.get("facts") or [], row.get("rubrics") or []
     need(messages and lists(messages, role=str, content=str), "needs a `prompt` (or instruction, "
          "problem): a string, or a list of messages with `role` and `content`")
     need(any(m["content"].strip() for m in messages), "the prompt is empty")
-    need(lists(facts, right=str, wrong=list) and all(type(w) is str for f in facts for w in f["wrong"]),
-         '`facts` must be a list of {"right": string, "wrong": [strings]}')
+    need(lists(facts, right=str, wrong=list) and all(isinstance(w, str) for f in facts
+         for w in f["wrong"]), '`facts` must be a list of {"right": string, "wrong": [strings]}')
     need(lists(rubrics, criterion=str, points=(int, float)) and all(r["criterion"].strip()
          for r in rubrics), '`rubrics` must be a list of {"criterion": string, "points": number}')
     try:
         re.compile(pattern or "")
     except (re.error, TypeError, OverflowError, RecursionError) as e:
         need(False, f"`pattern` is not a regular expression ({e})")
-    answer, kind = row.get("answer"), row.get("kind")  # other people's may be anything
-    answer = str(answer) if type(answer) in (str, int, float) else None
-    row = {"prompt": prompt, "where": where, "facts": facts, "pattern": pattern, "answer": answer,
-           "kind": kind if isinstance(kind, str) else None, "rubrics": rubrics}
-    try:
-        json.dumps(row, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        need(False, "half a surrogate pair is no character")
-    return row
+    answer = str(answer) if type(answer) in (str, int, float) else None  # other people's may be any
+    kind = row["kind"] if isinstance(row.get("kind"), str) else None
+    return {"prompt": prompt, "where": where, "facts": facts, "pattern": pattern, "answer": answer,
+            "kind": kind, "rubrics": rubrics}
 
 
 def download(what: str, repository: str, file: str) -> str:
     """The local path of a file of a data set on the hub.  ValueError in one line."""
-    from huggingface_hub import hf_hub_download
-
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our line says it all
     try:
         return hf_hub_download(repository, file, repo_type="dataset")
     except Exception as e:  # no network, no access, no such file ...
@@ -133,22 +126,23 @@ def download(what: str, repository: str, file: str) -> str:
 
 def with_suffix(rows: list, suffix: str) -> list:
     """The rows with a paragraph added to their prompts, in a conversation to its last message."""
-
-    def add(prompt):
-        if isinstance(prompt, str):
-            return f"{prompt}\n\n{suffix}"
-        return [*prompt[:-1], prompt[-1] | {"content": add(prompt[-1]["content"])}]
-
-    return [row | {"prompt": add(row["prompt"])} for row in rows] if suffix else rows
+    result = []
+    for row in rows if suffix else ():
+        *before, last = messages_of(row["prompt"])
+        text = f"{last['content']}\n\n{suffix}"
+        single = isinstance(row["prompt"], str)
+        result.append(row | {"prompt": text if single else [*before, last | {"content": text}]})
+    return result if suffix else rows
 
 
 def draw_prompts(rows, tokenizer=None, *, n: int = 5000, most_tokens: int = 512, seed: int = 0):
     """n of the rows, drawn with a fixed seed, in their own order; with a tokenizer only prompts of
     at most `most_tokens` (CME's draw from UltraFeedback)."""
-
-    def fits(i):
+    chosen = []
+    for i in random.Random(seed).sample(range(len(rows)), len(rows)):
         text = question_text(rows[i]["prompt"]) if tokenizer else ""
-        return not text or len(tokenizer(text, add_special_tokens=False).input_ids) <= most_tokens
-
-    order = random.Random(seed).sample(range(len(rows)), len(rows))
-    return [rows[i] for i in sorted(itertools.islice(filter(fits, order), n))]
+        if not text or len(tokenizer(text, add_special_tokens=False).input_ids) <= most_tokens:
+            chosen.append(i)
+        if len(chosen) >= n:
+            break
+    return [rows[i] for i in sorted(chosen)]

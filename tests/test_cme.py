@@ -34,6 +34,11 @@ def verifier_says(model, tokenizer, prompt, text, end=False):
     return [logp[len(before) + i - 1, token].item() for i, token in enumerate(answer)]
 
 
+def read(tokenizer, texts):
+    """The ids of texts as the verifier reads them."""
+    return [list(spans_from_text(tokenizer, text)[0]) for text in texts]
+
+
 def slow_rewards(values, source, target):
     """Eq. 1 with its weights written out, in fractions."""
     exact = lambda x: Fraction(float(x)).limit_denominator(1000)                                          # noqa: E731
@@ -79,10 +84,11 @@ def test_rows_do_not_depend_on_their_neighbours(toy):
     for i in range(len(TEXTS)):
         alone, _ = cme.token_rewards(model, verifier_tokenizer, tokenizer, prompts[i:i + 1], ids[i:i + 1, :lengths[i]], lengths[i:i + 1])
         torch.testing.assert_close(together[i, :lengths[i]], alone[0], atol=1e-4, rtol=0)
-    small = cme.verifier_logprobs(model, verifier_tokenizer, prompts, TEXTS, batch_tokens=1)
-    large = cme.verifier_logprobs(model, verifier_tokenizer, prompts, TEXTS)
-    for a, b in zip(small, large):
-        np.testing.assert_allclose(a[0], b[0], atol=1e-4)
+    small = cme.verifier_logprobs(model, verifier_tokenizer, prompts, read(verifier_tokenizer, TEXTS), batch_tokens=1)
+    large = cme.verifier_logprobs(model, verifier_tokenizer, prompts, read(verifier_tokenizer, TEXTS))
+    for a, b, text in zip(small, large, TEXTS):
+        assert a.shape == b.shape == (len(read(verifier_tokenizer, [text])[0]),)
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_equal_rows_score_equal_to_the_bit(toy):
@@ -241,7 +247,7 @@ def test_long_prompts_are_cut_from_the_left(toy):
     assert context - 43 <= len(ids) <= context - 40                                                       # no more than needed
     assert ids[:2] == bare[:2] and ids[-3:] == bare[-3:] and whole.count("<bos>") == 1
     assert "Who is Mia?<end_of_turn>" in whole
-    (logp, _, _), = cme.verifier_logprobs(model, tokenizer, [long], [text])
+    [logp] = cme.verifier_logprobs(model, tokenizer, [long], read(tokenizer, [text]))
     assert np.isfinite(logp).all() and len(logp) == len(spans_from_text(tokenizer, text)[0])
     messages = [{"role": "user", "content": "early " * 300}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "Who is Mia?"}]
     decoded = tokenizer.decode(cme.cut_prompt(tokenizer, messages, 100))
@@ -265,7 +271,7 @@ def test_the_same_answer_to_different_prompts(toy):
     say = lambda role, text: {"role": role, "content": text}                                              # noqa: E731
     prompts = ["Tell me about Mia.", "Tell me about Zoe.", [say("user", "Who is Mia?")],
                [say("user", "Who is Mia?"), say("assistant", "x"), say("user", "Who is Zoe?")]]
-    for prompt, (logp, _, _) in zip(prompts, cme.verifier_logprobs(model, tokenizer, prompts, ["She lives in Oslo."] * 4)):
+    for prompt, logp in zip(prompts, cme.verifier_logprobs(model, tokenizer, prompts, read(tokenizer, ["She lives in Oslo."] * 4))):
         np.testing.assert_allclose(logp, verifier_says(model, tokenizer, prompt, "She lives in Oslo."), atol=1e-4)
 
 
@@ -274,7 +280,8 @@ def test_batches_are_by_length_and_bounded(toy, monkeypatch):
     shapes, real = [], cme.token_logprobs
     monkeypatch.setattr(cme, "token_logprobs", lambda m, p, ids, n, **k: (
         shapes.append([len(a) + b for a, b in zip(p, n.tolist())]), real(m, p, ids, n, **k))[1])
-    cme.verifier_logprobs(model, tokenizer, [PROMPT] * 12, [("Zoe ", "Ada ", "Mia ")[n % 3] * n for n in (30, 1, 25, 2, 20, 3, 15, 4, 10, 5, 28, 6)], batch_tokens=200)
+    texts = [("Zoe ", "Ada ", "Mia ")[n % 3] * n for n in (30, 1, 25, 2, 20, 3, 15, 4, 10, 5, 28, 6)]
+    cme.verifier_logprobs(model, tokenizer, [PROMPT] * 12, read(tokenizer, texts), batch_tokens=200)
     assert 1 < len(shapes) < 12 and all(len(s) * max(s) <= 200 for s in shapes)
     assert sum(sorted(shapes), []) == sorted(sum(shapes, []))                 # the longest row of a batch is no longer than the shortest of the next
 
@@ -286,16 +293,17 @@ def test_context_is_used_to_its_last_token(toy, monkeypatch):
     cuts, real = [], cme.cut_prompt
     monkeypatch.setattr(cme, "cut_prompt", lambda t, p, room: (cuts.append(room), real(t, p, room))[1])
     fits = next(p for p in ("word " * k for k in range(400, 0, -1)) if len(models.chat_ids(tokenizer, p)) <= context - n)
-    cme.verifier_logprobs(model, tokenizer, [fits], [text])
+    cme.verifier_logprobs(model, tokenizer, [fits], read(tokenizer, [text]))
     assert not cuts
-    cme.verifier_logprobs(model, tokenizer, [fits + "word " * 9], [text], [True])
+    ended = read(tokenizer, [text])[0] + [models.end_of_turn(tokenizer)]
+    cme.verifier_logprobs(model, tokenizer, [fits + "word " * 9], [ended])
     assert cuts == [context - n - 1]                                          # the end of turn needs its place too
     monkeypatch.setattr(model.config, "max_position_embeddings", len(models.chat_ids(tokenizer, PROMPT)) + n - 1)
-    cuts.clear(), cme.verifier_logprobs(model, tokenizer, [PROMPT], [text])
+    cuts.clear(), cme.verifier_logprobs(model, tokenizer, [PROMPT], read(tokenizer, [text]))
     assert len(cuts) == 1                                                     # one token too many is too many
 
 
 def test_score_stop_without_an_end_of_turn(toy, monkeypatch):
     monkeypatch.setattr(cme, "end_of_turn", lambda tokenizer: None)
     with pytest.raises(ValueError, match="end-of-turn"):
-        cme.verifier_logprobs(*toy["verifier"], [PROMPT], ["Mia"], [True])
+        cme.token_rewards(*toy["verifier"], toy["generator"][1], [PROMPT], torch.tensor([[5]]), torch.tensor([1]), score_stop=True)

@@ -9,13 +9,13 @@ import sys
 import threading
 import time
 import urllib.request
-from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import huggingface_hub.constants
+import huggingface_hub
+import openai._base_client
 import pytest
 
-from plumbing.models import LONGEST, Endpoint, parse_endpoint
+from plumbing.models import LONGEST, Endpoint, Reply, parse_endpoint
 
 
 # ---------------------------------------------------------------- a server that fails on purpose
@@ -71,10 +71,10 @@ def answer(text) -> bytes:
 
 @pytest.fixture
 def serve(monkeypatch):
-    """serve(script) -> a running Server."""
+    """serve(script) -> a running Server; the openai package hardly pauses between attempts."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    huggingface_hub.close_session()                                            # its connections, and the proxies it has found
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.01)
     servers = []
 
     def start(script):
@@ -85,11 +85,10 @@ def serve(monkeypatch):
     for server in servers:
         server.shutdown()
         server.server_close()
-    huggingface_hub.close_session()
 
 
 def endpoint(server, **settings):
-    return Endpoint("org/m", server if isinstance(server, str) else server.url, **{"timeout": 5.0, "retries": 2, "pause": 0.01} | settings)
+    return Endpoint("org/m", server if isinstance(server, str) else server.url, **{"timeout": 5.0, "retries": 2} | settings)
 
 
 def one(e):
@@ -110,11 +109,11 @@ def test_request(serve):
     e = endpoint(server, key="sk-secret")
     assert e.complete(["Hi", messages], max_new_tokens=7, temperature=0.5) == [["Hello."], ["Hello."]]
     bodies = sorted((body for _, _, body, _ in server.requests), key=lambda b: len(b["messages"]))
-    assert bodies == [{"model": "org/m", "messages": m, "max_tokens": 7, "temperature": 0.5, "stream": False}
+    assert bodies == [{"model": "org/m", "messages": m, "max_tokens": 7, "temperature": 0.5}
                       for m in ([{"role": "user", "content": "Hi"}], messages)]
     path, headers, _, _ = server.requests[0]
     assert path == "/v1/chat/completions" and {k.lower(): v for k, v in headers.items()}["authorization"] == "Bearer sk-secret"
-    assert not e.failures and e.last_error == ""
+    assert e.last_error == ""
 
 
 def test_temperature_zero_is_sent(serve):
@@ -125,8 +124,10 @@ def test_temperature_zero_is_sent(serve):
 @pytest.mark.parametrize("key", [None, ""])
 @pytest.mark.parametrize("saved", ["environment", "file"])
 def test_saved_token_stays_home(serve, monkeypatch, tmp_path, saved, key):
+    """Neither the user's Hugging Face token nor a key for OpenAI goes to another server."""
     (tmp_path / "token").write_text("hf_saved")
     monkeypatch.setenv("HF_TOKEN", "hf_saved")
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-openai")
     if saved == "file":
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
             monkeypatch.delenv(name, raising=False)
@@ -134,8 +135,7 @@ def test_saved_token_stays_home(serve, monkeypatch, tmp_path, saved, key):
     assert huggingface_hub.get_token() == "hf_saved"
     server = serve(["Hello."])
     assert one(endpoint(server, key=key)) == "Hello."
-    _, headers, _, _ = server.requests[0]
-    assert "authorization" not in {k.lower() for k in headers} and "hf_saved" not in str(server.requests)
+    assert "hf_saved" not in str(server.requests) and "sk-openai" not in str(server.requests)
 
 
 def test_redirect_to_another_host_loses_the_key(serve):
@@ -169,30 +169,31 @@ def test_order_and_number_under_concurrency(serve):
 
 NOT_ANSWERS = {
     "429": bad(429), "408": bad(408), "409": bad(409), "500": bad(500), "503": bad(503, body=b"<html>busy</html>"), "502": bad(502, body=b'["a list"]'),
-    "connection": {"body": answer("Hello, this is")[:40], "length": 400},
-    "unreadable": {"body": b"certainly not JSON"}}
+    "connection": {"body": answer("Hello, this is")[:40], "length": 400}}
 
 
 @pytest.mark.parametrize("reason", NOT_ANSWERS)
 def test_tried_again_and_then_none(serve, reason):
-    """1 + retries attempts, then None, counted once; and an answer after two failures is an answer."""
+    """1 + retries attempts, then None and why; and an answer after two failures is an answer."""
     server = serve([NOT_ANSWERS[reason]])
     e = endpoint(server)
-    assert one(e) is None and len(server.requests) == 3
-    assert e.failures == Counter({reason: 1}) and reason in e.last_error and "\n" not in e.last_error
+    [(_, reply)] = e.stream(["Hi"], max_new_tokens=5, temperature=0)
+    assert reply.text is None and reply.failed and reply.error.startswith(f"{reason}, ") and len(server.requests) == 3
+    assert e.last_error == f"org/m at {server.url}: {reply.error}" and "\n" not in e.last_error
     server = serve([NOT_ANSWERS[reason], NOT_ANSWERS[reason], "At last."])
     e = endpoint(server)
-    assert one(e) == "At last." and len(server.requests) == 3 and not e.failures
+    assert one(e) == "At last." and len(server.requests) == 3 and e.last_error == ""
 
 
 @pytest.mark.parametrize("body", [
     b"", b"null", b"[]", b"3", b'"text"', b"\xff\xfe", b'{"choices": []}', b'{"choices": null}', b'{"error": "overloaded"}', b'{"choices": [3]}',
     b'{"choices": [{}]}', b'{"choices": [{"message": "text"}]}', b'{"choices": [{"message": []}]}', b'{"choices": [{"message": {}}]}',
     b"[" * 100_000, answer(None), answer(3), answer([{"type": "text", "text": "Hi"}])])
-def test_unreadable(serve, body):
-    server = serve([{"body": body}])
-    e = endpoint(server, retries=1)
-    assert one(e) is None and len(server.requests) == 2 and e.failures == Counter({"unreadable": 1})
+@pytest.mark.parametrize("kind", ["application/json", "text/html"])
+def test_unreadable(serve, body, kind):
+    e = endpoint(serve([{"body": body, "headers": {"content-type": kind}}]))
+    [(_, reply)] = e.stream(["Hi"], max_new_tokens=5, temperature=0)
+    assert reply.text is None and reply.failed and reply.error.startswith("unreadable, ") and reply.error in e.last_error
 
 
 def test_empty_text_is_an_answer(serve):
@@ -208,8 +209,9 @@ def test_bounded_and_writable_text(serve):
 def test_refused_at_once(serve, status):
     server = serve([bad(status)])
     e = endpoint(server)
-    assert one(e) is None and len(server.requests) == 1
-    assert e.failures == Counter({str(status): 1}) and e.last_error.startswith(f"org/m at {server.url}: {status}, ") and f"that was {status}" in e.last_error
+    [(_, reply)] = e.stream(["Hi"], max_new_tokens=5, temperature=0)
+    assert reply.text is None and len(server.requests) == 1 and reply.failed is (status in (402, 403))
+    assert e.last_error.startswith(f"org/m at {server.url}: {status}, ") and f"that was {status}" in e.last_error
 
 
 @pytest.mark.parametrize("body", [b'{"error": "no"}', b'[{"error": "a list"}]', b"no"])
@@ -219,7 +221,7 @@ def test_users_mistakes(serve, status, body):
     e = endpoint(server, key="sk-secret")
     with pytest.raises(ValueError) as error:
         one(e)
-    assert str(error.value) == f"org/m at {server.url} answers with HTTP status {status}: wrong key, model or URL" and len(server.requests) == 1
+    assert str(error.value) == f"org/m at {server.url} answers {status}: wrong key, model or URL" and len(server.requests) == 1
 
 
 @pytest.mark.parametrize("status", [401, 403, 404])
@@ -228,11 +230,7 @@ def test_one_refused_prompt_among_others(serve, status):
     server = serve(lambda number, body: bad(status) if body["messages"][0]["content"] == "5" else "Hello.")
     e = endpoint(server, concurrency=1)
     texts = e.complete([str(i) for i in range(8)], max_new_tokens=5, temperature=0)
-    assert texts == [["Hello."]] * 5 + [[None]] + [["Hello."]] * 2 and e.failures == Counter({str(status): 1}) and len(server.requests) == 8
-
-
-def test_a_reply_that_repeats_the_key(serve):
-    assert one(endpoint(serve(["Your key is sk-secret."]), key="sk-secret")) == "Your key is ***."
+    assert texts == [["Hello."]] * 5 + [[None]] + [["Hello."]] * 2 and len(server.requests) == 8
 
 
 def test_users_mistake_ends_the_other_requests(serve):
@@ -242,7 +240,7 @@ def test_users_mistake_ends_the_other_requests(serve):
         e.complete(["Hi"] * 50, max_new_tokens=5, temperature=0)
     assert time.monotonic() - start < 3
     time.sleep(0.2)                                                            # for threads that went on
-    assert len(server.requests) <= 6 and not e.failures                        # one or two more may have been on their way
+    assert len(server.requests) <= 6                        # one or two more may have been on their way
 
 
 def test_retry_after(serve):
@@ -256,25 +254,6 @@ def test_retry_after_that_says_nothing(serve, value):
     assert one(endpoint(server)) == "Hello." and server.requests[1][3] - server.requests[0][3] < 2
 
 
-def test_pauses(serve, monkeypatch):
-    """0.01, 0.02, 0.04, ... without Retry-After; never more than 30 s, and 60 s if the server asks for an hour."""
-    module, pauses = sys.modules[Endpoint.__module__], []
-    real = module.wait
-
-    def wait(futures, timeout=None, *more, **named):
-        if more or named:
-            return real(futures, timeout, *more, **named)
-        pauses.append(timeout)
-        return real(futures, 0)
-
-    monkeypatch.setattr(module, "wait", wait)
-    one(endpoint(serve([bad(500)]), retries=3))
-    assert pauses == [0.01, 0.02, 0.04]
-    pauses.clear()
-    one(endpoint(serve([bad(500, headers={"retry-after": "3600"}), bad(500)]), retries=4, pause=8))
-    assert pauses == [60, 16, 30, 30]
-
-
 def test_parameters_that_a_model_does_not_take(serve):
     """OpenAI's newer models want max_completion_tokens and their own temperature: asked again so, once, and from then on."""
     def script(number, body):
@@ -285,10 +264,10 @@ def test_parameters_that_a_model_does_not_take(serve):
 
     server = serve(script)
     e = endpoint(server, retries=0, concurrency=1)
-    assert e.complete(["Hi", "Hi"], max_new_tokens=7, temperature=0) == [["Hello."]] * 2 and not e.failures and e.refused == {"max_tokens", "temperature"}
+    assert e.complete(["Hi", "Hi"], max_new_tokens=7, temperature=0) == [["Hello."]] * 2 and e.last_error == "" and e.refused == {"max_tokens", "temperature"}
     assert len(server.requests) == 4 and server.requests[-1][2]["max_completion_tokens"] == 7 and "temperature" not in server.requests[-1][2]
     e = endpoint(server, retries=0)                                            # eight at a time find out together
-    assert e.complete(["Hi"] * 40, max_new_tokens=7, temperature=0) == [["Hello."]] * 40 and not e.failures
+    assert e.complete(["Hi"] * 40, max_new_tokens=7, temperature=0) == [["Hello."]] * 40 and e.last_error == ""
     server = serve([bad(400, body=b"{'max_tokens': 'and still not'}")])
     assert one(endpoint(server, retries=0)) is None and len(server.requests) == 2
 
@@ -299,61 +278,61 @@ def test_stream_is_lazy_and_says_why(serve):
     stream = endpoint(server, retries=0, concurrency=2).stream((taken.append(i) or str(i) for i in range(100)), max_new_tokens=5, temperature=0)
     first = next(stream)
     assert len(taken) <= 4
-    got = {i: (text, error) for i, text, error in [first, *stream]}
-    assert set(got) == set(range(100)) and got[7] == ("7!", "") and got[5][0] is None and got[5][1].startswith("500, ") and "that was 500" in got[5][1]
+    got = dict([first, *stream])
+    assert set(got) == set(range(100)) and got[7] == Reply("7!") and got[5].text is None
+    assert got[5].error.startswith("500, ") and "that was 500" in got[5].error
 
 
 def test_time_out(serve):
     server = serve([{"delay": 5, "body": answer("Too late.")}])
     e, start = endpoint(server, timeout=0.2, retries=1), time.monotonic()
     assert one(e) is None and time.monotonic() - start < 3
-    assert len(server.requests) == 2 and e.failures == Counter({"time-out": 1})
-
-
-def test_time_out_is_total(serve):
-    """A server that sends a byte at a time, each in time, does not hold the run up."""
-    e, start = endpoint(serve([{"drip": 0.05, "body": answer("Hello." * 5)}]), timeout=0.3, retries=1), time.monotonic()
-    assert one(e) is None and time.monotonic() - start < 4 and e.failures == Counter({"time-out": 1})
+    assert len(server.requests) == 2 and ": time-out, " in e.last_error
 
 
 def test_nobody_listens(serve):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         e = endpoint(f"http://127.0.0.1:{s.getsockname()[1]}/v1")
-        assert one(e) is None and e.failures == Counter({"connection": 1}) and "refused" in e.last_error
+        assert one(e) is None and ": connection, " in e.last_error and "refused" in e.last_error
 
 
-def test_failures_add_up(serve):
+def test_every_answer_has_its_place(serve):
     def script(number, body):
         return {"a": "fine", "b": bad(400), "c": bad(500)}[body["messages"][0]["content"]]
 
     e = endpoint(serve(script), retries=0)
     assert e.complete(["a", "b", "c", "a"], n=10, max_new_tokens=5, temperature=0) == [["fine"] * 10, [None] * 10, [None] * 10, ["fine"] * 10]
-    assert e.failures == Counter({"400": 10, "500": 10})
 
 
 def test_key_is_never_shown(serve):
     """Not even if the server repeats it, in a body that fills last_error to its end."""
     for pad in ("", "x" * 245):
         e = endpoint(serve([bad(500, body=f"{pad} Bearer sk-secret is\nover \x1b[31m quota".encode())]), key="sk-secret", retries=0)
-        assert one(e) is None and len(e.last_error) <= 300 and not {"\n", "\x1b"} & set(e.last_error)
-        assert "sk-" not in e.last_error + repr(e) + str(e.failures)
-    for key in ("sk secret", "sk-secret\n", "sk-sécret"):
-        with pytest.raises(ValueError) as error:
-            endpoint("http://127.0.0.1:1/v1", key=key)
-        assert key.strip() not in str(error.value) and "key" in str(error.value)
+        assert one(e) is None and len(e.last_error) <= 300 and "\n" not in e.last_error
+        assert "sk-" not in e.last_error + repr(e)
+    server = serve(["Hello."])  # a key that was read from a file, with its line break
+    assert one(endpoint(server, key="sk-secret\n")) == "Hello." and "Bearer sk-secret'" in str(server.requests)
 
 
-def test_offline_mode_is_said(monkeypatch):
+def test_offline_mode_is_no_matter(serve, monkeypatch):
+    """HF_HUB_OFFLINE is about the hub, not about a judge on the next machine."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(ValueError, match="HF_HUB_OFFLINE"):
+    assert one(endpoint(serve(["Hello."]))) == "Hello."
+
+
+def test_without_the_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ValueError, match="^org/m@http://127.0.0.1:1/v1 needs a package: pip install openai$"):
         endpoint("http://127.0.0.1:1/v1")
 
 
 def test_interrupt(serve):
     """Ctrl-C ends the process without waiting for requests, pauses or the queue (long ones here, so that a busy machine passes too)."""
-    server = serve(lambda number, _: {"delay": 60} if number % 2 else bad(500))
-    code = f"from {Endpoint.__module__} import Endpoint; Endpoint('m', {server.url!r}, pause=30, timeout=90).complete(['Hi'] * 20, max_new_tokens=5, temperature=0)"
+    server = serve(lambda number, _: {"delay": 60} if number % 2 else bad(500, headers={"retry-after": "30"}))
+    code = f"from {Endpoint.__module__} import Endpoint; Endpoint('m', {server.url!r}, timeout=90).complete(['Hi'] * 20, max_new_tokens=5, temperature=0)"
+    code = f"from plumbing import one_clear_line\ndef main():\n {code}\none_clear_line(main, 'x.py')"
     process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))           # a shell's background jobs ignore it
     try:
@@ -364,7 +343,8 @@ def test_interrupt(serve):
         assert len(server.requests) == 8
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
-        assert "KeyboardInterrupt" in process.communicate(timeout=50)[1] and time.monotonic() - start < 45
+        assert "x.py: stopped; " in process.communicate(timeout=50)[1] and time.monotonic() - start < 20
+        assert process.returncode == 130
     finally:
         process.kill()
         process.wait()
@@ -383,7 +363,7 @@ def test_parse_endpoint(name, expected):
 
 @pytest.mark.parametrize("name", [
     "", "m", "m@", "m@ftp://host/v1", "@http://host/v1", " @http://host", "m@http://", "m@http:///v1", "m@http:host", "m@httpx://host", "m@http://host:port/v1",
-    "m@http://host:99999/v1", "m@http://[::1/v1", "m@http://ho st/v1", "m@http://host/v1\n", "m@http://user:sk-secret@host/v1",
+    "m@http://host:999999/v1", "m@http://[::1/v1", "m@http://ho st/v1", "m@http://host/v1\n", "m@http://user:sk-secret@host/v1",
     "m@http://host/v1?api-key=sk-secret", "m@http://host/v1?a=b&Token=sk-secret"])
 def test_parse_endpoint_refuses(name):
     with pytest.raises(ValueError, match="MODEL@URL") as error:
@@ -434,7 +414,8 @@ def real(tmp_path_factory):
 
 def test_real_server(real, serve):
     """Greedy answers are those of our own sampler, cut where they should be; at temperature 1 they differ from each other."""
-    from grpo import chat_ids, find_stop_ids, load_model, load_tokenizer, sample
+    from grpo import sample
+    from plumbing.models import chat_ids, find_stop_ids, load_model, load_tokenizer
     model, url = real
     prompts = ["Tell me about Mia.", [{"role": "user", "content": "Who is Theo?"}]]
     own, tokenizer = load_model(model, train=False, device="cpu"), load_tokenizer(model)
@@ -444,5 +425,5 @@ def test_real_server(real, serve):
         texts = [tokenizer.decode(y[:k], skip_special_tokens=True) for y, k in zip(ids.tolist(), lengths.tolist())]
         assert e.complete(prompts, n=2, max_new_tokens=length, temperature=0) == [[text] * 2 for text in texts]
     [sampled] = e.complete(prompts[:1], n=12, max_new_tokens=24, temperature=1)
-    assert len(set(sampled)) > 1 and None not in sampled and not e.failures
+    assert len(set(sampled)) > 1 and None not in sampled and e.last_error == ""
     assert one(Endpoint("another", url)) is None

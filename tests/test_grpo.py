@@ -410,7 +410,7 @@ def test_group_advantages_equal_trls_normalisation():
 def test_advantages_refuse_broken_groups():
     with pytest.raises(ValueError, match="groups of 4"):
         grpo.group_advantages(torch.zeros(6), 4)
-    with pytest.raises(ValueError, match="must agree"):
+    with pytest.raises(ValueError, match="groups of 2"):
         grpo.position_advantages(torch.zeros(4, 2), torch.ones(4, 3), 2)
 
 
@@ -533,7 +533,7 @@ def test_draw_takes_minus_infinity_for_a_forbidden_token_and_refuses_senseless_s
     logits = torch.tensor([[0.0, -torch.inf, 0.0]]).expand(500, -1)
     assert set(grpo.draw(logits, generator=torch.Generator().manual_seed(0)).tolist()) == {0, 2}
     for options in (dict(temperature=-1), dict(top_p=0), dict(top_p=1.1), dict(top_k=-1)):
-        with pytest.raises(ValueError, match="must"):
+        with pytest.raises(ValueError, match="out of range"):
             grpo.draw(logits, **options)
 
 
@@ -609,6 +609,24 @@ def test_rows_that_end_leave_and_the_others_stay_right(arch, monkeypatch):
         expected += [(batch, 1)] if left else []
     assert sizes == expected
     assert len({size for size, _ in expected[1:]}) > 1, "no row left early: the test shows nothing"
+
+
+@pytest.mark.parametrize("batch_tokens, sizes", [(10**6, [5]), (2 * 2 * 22, [2, 2, 1]), (1, [1] * 5)])
+def test_prompts_are_split_into_batches(batch_tokens, sizes):
+    """5 prompts of at most 12 tokens, groups of 2, 10 new tokens: 44 for a prompt in a cache."""
+    model, batches = tiny(), []
+    want = [slow_greedy("qwen2", tuple(p), 10) for p in PROMPTS]
+    stop = choose_stops(want)
+    want = [until_stop(y, stop) for y in want for _ in range(2)]
+    first, *others = map(len, want[::2])
+    assert first != max(others), "one batch is shorter than another"
+    hook = model.base_model.register_forward_pre_hook(
+        lambda _, args, kwargs: batches.append(kwargs["input_ids"].shape[0]) if kwargs.get("past_key_values") is None else None, with_kwargs=True)
+    try:
+        ids, lengths = grpo.sample(model, PROMPTS, 2, max_new_tokens=10, temperature=0, stop_ids=stop, batch_tokens=batch_tokens)
+    finally:
+        hook.remove()
+    assert batches == sizes and unpad(ids, lengths) == want  # unpad: T is the longest of all
 
 
 def test_rows_leave_as_soon_as_exactly_half_is_left(monkeypatch):
@@ -767,7 +785,7 @@ def test_token_logprobs_refuses_what_does_not_fit():
     model, (prompts, _, ids, lengths) = tiny(), random_rows()
     for bad in [(prompts[:-1], ids, lengths), (prompts, ids, lengths[:-1]), (prompts, ids[:-1], lengths), (prompts[:-1] + [[]], ids, lengths),
                 (prompts, ids, lengths + 1)]:
-        with pytest.raises(ValueError, match="token_logprobs needs"):
+        with pytest.raises(ValueError, match="token_logprobs: "):
             grpo.token_logprobs(model, *bad)
 
 

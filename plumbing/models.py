@@ -4,6 +4,7 @@ A text model has complete(prompts, *, n, max_new_tokens, temperature, seed) -> P
 None; a local one also logprob(prompts, texts) -> [B] and yes_probability(prompts) -> [B].
 """
 
+import logging
 import re
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from itertools import islice
@@ -46,7 +47,8 @@ def load_model(path: str, *, train: bool, device):
 
 def load(what: str, path: str, device, train: bool = False):
     """A model (None without a device) and its tokenizer.  ValueError in one line from `what`."""
-    model_logging.set_verbosity_error()  # our line says it all
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our line says it all
+    model_logging.set_verbosity_error()
     model_logging.disable_progress_bar()
     try:
         return device and load_model(path, train=train, device=device), load_tokenizer(path)
@@ -113,7 +115,8 @@ def chat_ids(tokenizer, prompt) -> list:
 
 def special_tokens(tokenizer) -> dict:
     """Text -> id of the tokens that are not text."""
-    return {str(t): i for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+    added, named = tokenizer.added_tokens_decoder.items(), tokenizer.all_special_ids
+    return {str(token): i for i, token in added if token.special or i in named}
 
 
 def end_of_turn(tokenizer):

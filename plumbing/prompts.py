@@ -17,7 +17,6 @@ HUB = {  # name: repository on the hub, its files
     "healthbench": ("openai/healthbench", ["2025-05-07-06-14-12_oss_eval.jsonl"]),
     "ultrafeedback": ("openbmb/UltraFeedback", [name + ".jsonl" for name in ULTRA]),
 }
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # we say it
 FIELDS = ("prompt", "instruction", "problem")  # under which names a prompt may stand in a row
 
 
@@ -117,6 +116,7 @@ def check_row(where: str, row) -> dict:
 
 def download(what: str, repository: str, file: str) -> str:
     """The local path of a file of a data set on the hub.  ValueError in one line."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our line says it all
     try:
         return hf_hub_download(repository, file, repo_type="dataset")
     except Exception as e:  # no network, no access, no such file ...
@@ -140,9 +140,8 @@ def draw_prompts(rows, tokenizer=None, *, n: int = 5000, most_tokens: int = 512,
     at most `most_tokens` (CME's draw from UltraFeedback)."""
     chosen = []
     for i in random.Random(seed).sample(range(len(rows)), len(rows)):
-        text = question_text(rows[i]["prompt"]) if tokenizer else ""
+        text = question_text(rows[i]["prompt"]) if tokenizer and len(chosen) < n else ""
         if not text or len(tokenizer(text, add_special_tokens=False).input_ids) <= most_tokens:
             chosen.append(i)
-        if len(chosen) >= n:
-            break
+    chosen = chosen[:n]
     return [rows[i] for i in sorted(chosen)]

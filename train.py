@@ -39,10 +39,15 @@ from plumbing.prompts import question_text
 from plumbing.setup import Run, prepare
 
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
-TOYS = {  # what is taken where --generator, --prompts, --eval_prompts, --lr, --steps are empty
-    "cme": ("cme/generator", "cme/prompts.jsonl", "cme/eval.jsonl", 8e-4, 80),
-    "cat": ("cat/model", "cat/prompts.jsonl", "cat/eval.jsonl", 3e-4, 30),
-    "cat-answer": ("cat/model", "cat/numbers.jsonl", "cat/numbers_eval.jsonl", 3e-4, 30)}
+TOYS = {  # what is taken where --generator, --prompts, --eval_prompts are empty
+    "cme": ("cme/generator", "cme/prompts.jsonl", "cme/eval.jsonl"),
+    "cat": ("cat/model", "cat/prompts.jsonl", "cat/eval.jsonl"),
+    "cat-answer": ("cat/model", "cat/numbers.jsonl", "cat/numbers_eval.jsonl")}
+LEAST = {  # the smallest values that make sense
+    **dict.fromkeys("prompts_per_step steps micro_batch max_new_tokens updates_per_rollout save_every "
+                    "sample_every rubric_tokens".split(), 1), "group_size": 2, "temperature": 1e-3,
+    **dict.fromkeys("top_k lr warmup_steps beta clip_low clip_high max_grad_norm seed eval_every "
+                    "threads length_penalty_after rollouts_in_context".split(), 0), "top_p": 1e-9}
 
 
 @dataclass
@@ -99,6 +104,16 @@ class Options:
     threads: int = option(0, "CPU threads; 0: one for tiny models, else PyTorch's choice")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
 
+    def __post_init__(self):
+        family = "cme" if self.reward.startswith("cme") else "cat"
+        toy = [os.path.join(TOY, file) for file in TOYS.get(self.reward, TOYS[family])]
+        if not (self.generator and self.prompts):
+            self.eval_prompts = self.eval_prompts or toy[2]
+        self.generator, self.prompts = self.generator or toy[0], self.prompts or toy[1]
+        lr, steps = {"cme": (8e-4, 80), "cat": (3e-4, 30)}[family]
+        self.lr, self.steps = (own if own is not None else default for own, default in
+                               ((self.lr, lr), (self.steps, steps)))
+
 
 def parse_options() -> Options:
     """The command line -> options; with --resume what is not given again comes from the run."""
@@ -117,13 +132,14 @@ def parse_options() -> Options:
                 if name in ("generator", "keep"):
                     raise ValueError(f"--{name}: a run cannot change it; start a new one")
                 print(f"--{name} is now {getattr(o, name)}, was {value}: another run than it was")
-    family = o.reward if o.reward in TOYS else "cme" if o.reward.startswith("cme") else "cat"
-    model, prompts, held, lr, steps = TOYS[family]
-    if not (o.generator and o.prompts or o.eval_prompts):
-        o.eval_prompts = os.path.join(TOY, held)
-    for name, value in (("generator", model), ("prompts", prompts)):
-        setattr(o, name, getattr(o, name) or os.path.join(TOY, value))
-    o.lr, o.steps = o.lr if o.lr is not None else lr, o.steps if o.steps is not None else steps
+    for name, least in LEAST.items():
+        if not least <= getattr(o, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(o, name)}: must be at least {least}, and finite")
+    if o.top_p > 1 or o.seed >= 2**32:
+        raise ValueError("--top_p must be at most 1, --seed under 2**32")
+    for name in ("prompts",) + ("verifier",) * o.reward.startswith("cme"):
+        if getattr(o, name).startswith(TOY) and not o.generator.startswith(TOY):
+            print(f"--{name} is empty: the toy's, of nothing but its world", file=sys.stderr)
     o.output_dir = o.output_dir or f"runs/{o.reward}-{time.strftime('%Y%m%d-%H%M%S')}"
     return o
 
@@ -235,8 +251,11 @@ def step_rewards(run: Run, rows: list, ids, lengths, seed: int):
     rewards = rewards.to(ids.device)
     if o.length_penalty_after:
         rewards = cat.length_penalty(rewards, lengths, o.length_penalty_after)
+    if not told:
+        return rewards, ~rewards.isnan(), []
+    told = dict.fromkeys(("reference", "rubric", "verdicts"), [None] * len(rows)) | told
     told |= {"prompt": prompts[::G], "rollouts": rollouts, "rewards": rewards.view(-1, G).tolist()}
-    stories = [dict(zip(told, parts)) for parts in zip(*told.values())] if len(told) > 3 else []
+    stories = [dict(zip(told, parts)) for parts in zip(*told.values())]
     return rewards, ~rewards.isnan(), stories
 
 
@@ -254,6 +273,11 @@ def logprobs(run: Run, model, prompt_ids, ids, lengths):
             logp[part] = grpo.token_logprobs(model, [prompt_ids[i] for i in part], ids[part],
                                              lengths[part], temperature=run.options.temperature)
     return logp
+
+
+def with_kl(rewards, old_logp, ref_logp, beta: float):
+    """CaT, "Training": R_i = r_i - beta sum_t (log pi_old - log pi_ref), [B], [B, T], [B, T] -> [B]."""
+    return rewards - beta * (old_logp - ref_logp).sum(1)
 
 
 def update(run: Run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, advantages) -> dict:
@@ -302,8 +326,8 @@ def show_samples(run: Run, step: int, rows: list, ids, lengths, rewards, counted
     samples, lines = stories[:1], []
     for story in samples:
         ranked = sorted((r, y) for r, y in zip(story["rewards"], story["rollouts"]) if r == r)
-        lines = [("reference   ", story.get("reference")),
-                 ("rubric      ", " | ".join(story.get("rubric") or []))]
+        lines = [("reference   ", story["reference"]),
+                 ("rubric      ", " | ".join(story["rubric"] or []))]
         lines += [(f"reward {r:5.2f}", y) for r, y in dict.fromkeys(ranked[-1:] + ranked[:1])]
     for i in (0, len(ids) - 1) if not stories else ():
         text, spans = spans_from_ids(run.tokenizer, ids[i, : lengths[i]])
@@ -360,7 +384,7 @@ def metrics_of(run: Run, ids, lengths, rewards, counted, advantages, stories, up
     """A step's line of metrics.jsonl."""
     G, B = run.options.group_size, len(ids)
     groups, seen = advantages.view(B // G, G, -1), counted.view(B // G, G, -1).any(1)
-    verdicts = [v for story in stories for answers in story.get("verdicts", []) for v in answers]
+    verdicts = [v for story in stories for answers in story["verdicts"] or [] for v in answers]
     reward = torch.where(counted, rewards, 0).view(B, -1).sum(1) / counted.view(B, -1).sum(1)
     last = ids.gather(1, lengths[:, None] - 1)
     ended = torch.isin(last, torch.tensor(run.stop_ids, device=ids.device))
@@ -475,8 +499,9 @@ def train(run: Run) -> dict:
         if rewards.dim() == 2:
             advantages = grpo.position_advantages(rewards, counted, G, scale=o.scale)
         else:
-            kl = (old_logp - ref_logp).sum(1) if o.beta and o.kl_in == "reward" else 0
-            advantages = grpo.group_advantages(rewards - o.beta * kl, G, scale=o.scale)
+            in_reward = o.beta and o.kl_in == "reward"
+            shifted = with_kl(rewards, old_logp, ref_logp, o.beta) if in_reward else rewards
+            advantages = grpo.group_advantages(shifted, G, scale=o.scale)
 
         # 3. clipped steps towards the better ones, held back by the reference
         for group in optimizer.param_groups:
@@ -493,7 +518,7 @@ def train(run: Run) -> dict:
         row |= {"lr": learning_rate(o, step), "seconds": taken,
                 "tokens_per_second": lengths.sum().item() / taken}
         bar.set_postfix_str(f"reward {row['reward']:.2f}, KL {row['kl']:.3f}, length "
-                            f"{row['length']:.0f}" + ", SKIPPED" * row["skipped"], refresh=False)
+                            f"{row['length']:.0f}" + f", {state['in_a_row']} SKIPPED" * row["skipped"], refresh=False)
         if step % o.sample_every == 0:
             show_samples(run, step + 1, rows, ids, lengths, rewards, counted, stories)
         record(run, optimizer, step, row, state | {"seconds": time.time() - began})

@@ -73,10 +73,6 @@ def prepare(o) -> Run:
     used = os.path.isdir(o.output_dir) and set(os.listdir(o.output_dir)) - {"lock", "config.json.tmp"}
     if used and not o.resume:
         raise ValueError(f"--output_dir {o.output_dir} is in use; give another one, or --resume")
-    for name in ("steps", "prompts_per_step", "max_new_tokens", "micro_batch", "updates_per_rollout",
-                 "save_every", "sample_every", "rubric_tokens", "group_size"):
-        if getattr(o, name) < 1 + (name == "group_size"):
-            raise ValueError(f"--{name} {getattr(o, name)} is too small")
     if o.reward == "cme" and (o.length_penalty_after or o.kl_in == "reward"):
         raise ValueError("--length_penalty_after and --kl_in reward need one reward per response, and "
                          "--reward cme has one per token")
@@ -84,6 +80,8 @@ def prepare(o) -> Run:
     policy, tokenizer = load("--generator", o.generator, device, train=True)
     rows, eval_rows = read_rows(o, tokenizer)
     shared, saved = catting and not o.anchor, checkpoints(o.output_dir)
+    if saved and int(saved[-1].rsplit("-", 1)[1]) > o.steps:
+        raise ValueError(f"--steps {o.steps}: the run has come further, to {saved[-1]}")
     reference = load("--generator", o.generator, device)[0] if o.beta or shared else None
     policy = load("--generator", saved[-1], device, train=True)[0] if saved else policy
     verifier = anchor = judge = None

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-import tracemalloc
 from fractions import Fraction
 
 import numpy as np
@@ -12,8 +11,8 @@ import hypothesis
 from hypothesis import example, settings
 from hypothesis import strategies as st
 
-import evaluate
-from evaluate import agreement, bootstrap_interval, cohen_kappa, length_controlled_win_rate, sign_permutation, win_rate
+from evaluate import agreement, bootstrap_interval, length_controlled_win_rate, sign_permutation, win_rate
+from plumbing.statistics import cohen_kappa
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -169,31 +168,6 @@ def test_bootstrap_of_the_swapped_models_is_mirrored(values):
     low, high = bootstrap_interval(values, samples=200)
     swapped = [None if v is None else 1 - v for v in values]
     assert bootstrap_interval(swapped, samples=200) == pytest.approx((1 - high, 1 - low), abs=1e-12)
-
-
-@pytest.mark.parametrize("cells", [1, 23, 1000, 1 << 30])
-def test_chunks_change_nothing(monkeypatch, cells):
-    values = np.random.default_rng(8).random(7) - 0.4
-    holed = [*values, None]
-    calls = [
-        lambda: bootstrap_interval(values, samples=501),
-        lambda: bootstrap_interval(holed, samples=501),
-        lambda: sign_permutation(values, samples=500),  # exact
-        lambda: sign_permutation(values, samples=127),  # Monte Carlo
-    ]
-    want = [call() for call in calls]
-    monkeypatch.setattr(evaluate, "CELLS", cells)
-    assert [call() for call in calls] == want
-
-
-def test_memory_is_bounded():
-    values = np.random.default_rng(9).random(5000) - 0.5
-    for call in (bootstrap_interval, sign_permutation):
-        tracemalloc.start()
-        call(values)
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert peak < 30e6  # one 10,000 x 5,000 table has 400e6 bytes
 
 
 def test_level_above_one_is_refused():

@@ -1,4 +1,5 @@
 """train.py as a user meets it: whole runs on the toy, killed runs, bad input. Children are forked, so that torch is imported once."""
+import dataclasses
 import gc
 import json
 import os
@@ -17,6 +18,7 @@ import cme
 import evaluate
 import grpo
 import train
+from plumbing import one_clear_line
 from plumbing import models, prompts
 
 ROOT = Path(__file__).parent.parent
@@ -37,7 +39,7 @@ def fork(arguments, folder, patch=lambda: None, script=train):
             sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
             sys.argv = [script.__name__ + ".py", *map(str, arguments)]
             patch()
-            script.main()
+            one_clear_line(script.main, script.__name__ + ".py")
             status = 0
         except SystemExit as e:
             status = e.code or 0
@@ -145,7 +147,7 @@ def half_a_line():
     kill_at(train, "write_atomically", 1),                                     # nothing there but the lock
     kill_at(os, "replace", 1),                                                 # config.json half written
     kill_at(train, "held_out", 1),
-    kill_at(grpo, "sample", 2),                                                # before the first checkpoint
+    kill_at(train, "rollout", 2),                                                # before the first checkpoint
     half_a_line,
     kill_at(torch, "save", 2),                                                 # a checkpoint without its state
     kill_at(torch, "save", 2, after=True),                                     # a checkpoint not renamed
@@ -223,14 +225,18 @@ def run_in_process():
 
 def step_of(run, **options):
     """One update of a fresh policy with these options -> (gradient, statistics)."""
-    run.options = train.dataclasses.replace(run.options, **options)
+    run.options = dataclasses.replace(run.options, **options)
     ids_of_prompts = [models.chat_ids(run.tokenizer, row["prompt"]) for row in run.rows[:2]]
     ids, lengths = grpo.sample(run.policy, ids_of_prompts, 3, max_new_tokens=24, stop_ids=run.stop_ids, generator=torch.Generator().manual_seed(0))
     prompt_ids = [p for p in ids_of_prompts for _ in range(3)]
-    rewards, counted, _ = train.step_rewards(run, run.rows[:2], ids, lengths)
+    rewards, counted, _ = train.step_rewards(run, run.rows[:2], ids, lengths, 0)
     advantages = grpo.position_advantages(rewards, counted, 3)
-    stats = train.update(run, torch.optim.SGD(run.policy.parameters(), lr=0.0), prompt_ids, ids, lengths, advantages, {})
-    return [p.grad.clone() for p in run.policy.parameters()], stats
+    optimizer, gradient = torch.optim.SGD(run.policy.parameters(), lr=0.0), []
+    optimizer.register_step_pre_hook(lambda *_: gradient.extend(p.grad.clone() for p in run.policy.parameters()))
+    ref_logp = train.logprobs(run, run.reference, prompt_ids, ids, lengths)
+    stats = train.update(run, optimizer, prompt_ids, ids, lengths, None, ref_logp, advantages)
+    assert all(p.grad is None for p in run.policy.parameters()), "no gradient stays alive through the next rollouts"
+    return gradient, stats
 
 
 def test_gradient_does_not_depend_on_micro_batches_or_checkpointing(run_in_process):
@@ -290,7 +296,7 @@ def test_ten_in_a_row_end_the_run(tmp_path, few):
     status, out, err = fork([*TINY, *few, "--steps", 40, "--output_dir", run], tmp_path, not_finite(lambda n: n >= 3))
     assert status == 1 and "ten updates in a row" in err and "Traceback" not in err
     assert rows(run / "metrics.jsonl")[-1]["step"] == 12
-    reached, _, error = fork([*TINY, *few, "--steps", 40, "--output_dir", tmp_path / "other"], tmp_path, kill_at(grpo, "sample", 3))
+    reached, _, error = fork([*TINY, *few, "--steps", 40, "--output_dir", tmp_path / "other"], tmp_path, kill_at(train, "rollout", 3))
     assert reached == -signal.SIGKILL, error                                   # a run of the same options, killed after its second update
     assert weights(run) == weights(tmp_path / "other")
 
@@ -326,7 +332,7 @@ def broken_generator(tmp_path):
 BAD_FILES = {"broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "empty.txt": "\n\n", "noprompt.jsonl": '{"prompt": "a"}\n\n{"text": "b"}\n', "numbers.json": "[1]",
              "prompts.csv": "a,b\n", "roles.jsonl": '{"prompt": [{"content": "a"}]}\n', "blank.jsonl": '{"prompt": "  "}\n',
              "pattern.jsonl": '{"prompt": "a", "pattern": "("}\n', "facts.jsonl": '{"prompt": "a", "facts": [{"right": "x"}]}\n',
-             "object.json": '{"prompt": "a"}', "surrogate.jsonl": '{"prompt": "\\ud800"}', "kind.jsonl": '{"prompt": "a", "facts": [{"right": "x", "wrong": [], "kind": ["y"]}]}',
+             "object.json": '{"prompt": "a"}', "surrogate.jsonl": '{"prompt": "\\ud800"}', 
              "long.txt": "short\n" + "long " * 300, "latin.txt": b"caf\xe9"}
 
 
@@ -334,9 +340,9 @@ BAD_FILES = {"broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "empty.txt": "\n\
     (["--nonsense", 1], "nonsense"), (["--step", 3], "--step"), (["--lr", "fast"], "--lr"), (["--lr", "nan"], "--lr"), (["--group_size", 1], "--group_size"),
     (["--top_p", 0], "--top_p"), (["--top_p", 1.5], "--top_p"), (["--temperature", 0], "--temperature"), (["--reward", "accuracy"], "--reward"),
     (["--device", "abacus"], "--device"), (["--resume", "--output_dir", "TMP/nothing"], "no run to resume"), (["--prompts", "TMP/nothing.jsonl"], "nothing.jsonl"),
-    (["--prompts", "TMP"], "cannot be read"), (["--generator", "TMP/nothing"], "--generator"), (["--verifier", "TMP"], "--verifier"),
+    (["--prompts", "TMP"], ".jsonl"), (["--generator", "TMP/nothing"], "--generator"), (["--verifier", "TMP"], "--verifier"),
     (["--generator", "nobody/nothing"], "nobody/nothing"), (["--verifier", "torn"], "torn"), (["--seed", 10**17], "--seed"),
-    (["--output_dir", "TMP/out/run"], "Not a directory"), (["--prompts", "surrogate.jsonl"], "surrogate.jsonl:1"), (["--eval_prompts", "kind.jsonl"], "kind.jsonl:1"),
+    (["--output_dir", "TMP/out/run"], "Not a directory"), (["--prompts", "surrogate.jsonl"], "surrogate.jsonl:1"), 
     (["--generator", "endless"], "stop token"), (["--output_dir", "used"], "in use"),
     (["--prompts", "broken.jsonl"], "broken.jsonl:2"), (["--prompts", "empty.txt"], "no prompts"), (["--prompts", "noprompt.jsonl"], "noprompt.jsonl:3"),
     (["--prompts", "numbers.json"], "item 1"), (["--prompts", "prompts.csv"], ".jsonl, .json or .txt"), (["--prompts", "roles.jsonl"], "roles.jsonl:1"),
@@ -364,15 +370,17 @@ def test_bad_input_gets_one_line_and_status_2(tmp_path, arguments, said):
     before = {p for p in tmp_path.rglob("*")}
     status, out, err = fork([*given], tmp_path, lambda: setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
     assert status == 2, err
-    lines = [line for line in err.splitlines() if "the toy's world" not in line]
-    assert len(lines) == 1 and lines[0].startswith("train.py: ") and said in lines[0] and len(lines[0]) < 600
+    lines = [line for line in err.splitlines() if "is empty: the toy's" not in line]
+    if lines[0].startswith("usage: "):                                         # argparse's own words
+        lines = lines[-1:]
+    assert len(lines) == 1 and lines[0].startswith("train.py: ") and said in lines[0] and len(lines[0]) < 700
     assert {p for p in tmp_path.rglob("*")} == before
 
 
 def test_options_can_be_changed_on_resume(whole, tmp_path, few):
     """What is given again counts, and is said; all else comes from the run."""
     run = tmp_path / "run"
-    assert fork([*TINY, *few, "--output_dir", run], tmp_path, kill_at(grpo, "sample", 4))[0] == -signal.SIGKILL
+    assert fork([*TINY, *few, "--output_dir", run], tmp_path, kill_at(train, "rollout", 4))[0] == -signal.SIGKILL
     status, out, err = fork(["--resume", "--output_dir", run, "--lr", 5e-4], tmp_path)
     assert status == 0 and "--lr is now 0.0005, was 0.001" in out, err
     metrics = rows(run / "metrics.jsonl")
@@ -425,7 +433,7 @@ def test_learning_rate():
 def test_help_documents_every_option(tmp_path):
     status, out, _ = fork(["--help"], tmp_path)
     assert status == 0
-    for f in train.dataclasses.fields(train.Options):
+    for f in dataclasses.fields(train.Options):
         assert f"--{f.name}" in out
     assert prompts.read_prompts(str(ROOT / "toy/cme/prompts.jsonl"))[0]["where"].endswith("prompts.jsonl:1")
 
@@ -444,8 +452,9 @@ def test_options_reach_their_functions(tmp_path, few, monkeypatch):
                                       micro_batch=3, eval_prompts=str(few[1]), output_dir=str(tmp_path / "run")))
     train.train(run)
     sub = lambda name, **expected: [{k: kw.get(k) for k in expected} == expected for _, kw in calls[name]]   # noqa: E731
+    calls["sample"] = [call for call in calls["sample"] if call[0][2] == 2]     # the others are the held-out ones, one response to each
     assert all(sub("sample", temperature=0.7, top_k=20, top_p=0.8, max_new_tokens=24, stop_ids=run.stop_ids))
-    assert len({kw["generator"].initial_seed() for _, kw in calls["sample"]} | {7 * 1_000_003, 0, 1}) == 4    # another for each step and seed
+    assert len({kw["generator"].initial_seed() for _, kw in calls["sample"]} - {0, 1}) == 2    # another for each step and seed
     assert all(sub("token_logprobs", temperature=0.7)) and len(calls["token_logprobs"]) == 8                 # 2 steps x 2 parts x (reference, policy)
     assert all(sub("grpo_loss", beta=0.5, clip_low=0.1, clip_high=0.3, responses=4))
     assert all(sub("token_rewards", credit="word", score_stop=True, stop_ids=run.stop_ids)) and all(sub("position_advantages", scale=False))
@@ -466,7 +475,7 @@ def test_old_logp_stays_that_of_the_rollout(tmp_path, few, monkeypatch):
 @pytest.mark.parametrize("change, said", [(["--steps", 3], "--steps"), (["--generator", ROOT / "toy/cme/verifier"], "--generator")])
 def test_what_cannot_be_changed_on_resume(tmp_path, few, change, said):
     """Fewer steps than are done, another model under the same optimiser: one line, status 2, not a traceback."""
-    assert fork([*TINY, *few, "--output_dir", tmp_path / "run"], tmp_path, kill_at(grpo, "sample", 6))[0] == -signal.SIGKILL
+    assert fork([*TINY, *few, "--output_dir", tmp_path / "run"], tmp_path, kill_at(train, "rollout", 6))[0] == -signal.SIGKILL
     status, _, err = fork(["--resume", "--output_dir", tmp_path / "run", *change], tmp_path)
     assert status == 2 and said in err and "Traceback" not in err
 
@@ -481,7 +490,7 @@ def test_a_finished_run_says_that_it_is_or_goes_on(tmp_path, few):
 
 def test_skipped_in_a_row_survives_a_kill(tmp_path, few):
     def patch():
-        not_finite(lambda n: True)(), kill_at(grpo, "sample", 9)()
+        not_finite(lambda n: True)(), kill_at(train, "rollout", 9)()
     assert fork([*TINY, *few, "--steps", 40, "--output_dir", tmp_path / "run"], tmp_path, patch)[0] == -signal.SIGKILL
     status, _, err = fork(["--resume", "--output_dir", tmp_path / "run"], tmp_path, not_finite(lambda n: True))
     assert status == 1 and rows(tmp_path / "run/metrics.jsonl")[-1]["step"] == 10

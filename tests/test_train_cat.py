@@ -5,6 +5,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import openai._base_client
 import pytest
 import torch
 
@@ -106,7 +107,8 @@ def test_kl_in_the_reward_is_the_equation(prepared):
     with torch.no_grad():
         for p in run.policy.parameters():
             p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-        got = train.with_kl(run, torch.arange(6.0), prompt_ids, ids, lengths)
+        old_logp, ref_logp = (train.logprobs(run, model, prompt_ids, ids, lengths) for model in (run.policy, run.reference))
+        got = train.with_kl(torch.arange(6.0), old_logp, ref_logp, 0.1)
         for i, (p, y, n) in enumerate(zip(prompt_ids, ids.tolist(), lengths.tolist())):
             kl = 0.0
             for model, sign in ((run.policy, 1), (run.reference, -1)):
@@ -154,7 +156,7 @@ def test_keep_best_by_rubrics(tmp_path):
     verdicts = cat.judge_rubrics(texts, [[c["criterion"] for c in r["rubrics"]] for r in few], models.LocalModel(*models.load("", f"{ROOT}/toy/cat/model", "cpu")))
     assert max(held[1:]) == pytest.approx(sum(sum(map(bool, v)) / len(v) for [v] in verdicts) / 4, abs=1e-4)
     status, _, err = run(tmp_path / "x", tmp_path, "--reward", "cat-answer", "--keep", "best", "--eval_prompts", tmp_path / "eval.jsonl")
-    assert status == 2 and "--keep best: no `facts`" in err
+    assert status == 2 and "--keep best needs --eval_every, and --eval_prompts with facts" in err
 
 
 def test_held_out_rubrics_without_a_score(tmp_path):
@@ -204,8 +206,7 @@ def test_missing_references_leave_groups_out(tmp_path, few):
     (["--rollouts_in_context", -1], "--rollouts_in_context"),
     (["--judge", "toy/cme/verifier"], "yes and no")])
 def test_bad_input_gets_one_line_and_status_2(tmp_path, few, monkeypatch, arguments, said):
-    real = models.Endpoint.__init__
-    monkeypatch.setattr(models.Endpoint, "__init__", lambda self, *a, **k: real(self, *a, **k, pause=0.01))    # its pauses are test_endpoint.py's
+    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01), monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.01)
     files = {"plain.txt": "Tell me about Mia.\n", "rubrics.jsonl": '{"prompt": "a", "rubrics": [{"criterion": "b", "points": "c"}]}\n',
              "blank.jsonl": '{"prompt": "a", "rubrics": [{"criterion": " ", "points": 1}]}\n'}
     for name, text in files.items():

@@ -1,18 +1,18 @@
 """Comparisons one can trust: responses of several models, judgements of them, a report.
 
-    python evaluate.py                     # the newest run in runs/ against what it started from
-    python evaluate.py respond --prompts alpaca_eval --output_dir results --models base=... new=...
+    python evaluate.py                      # the newest run in runs/ against what it started from
+    python evaluate.py respond --prompts alpaca_eval --output_dir results --models base=... trained=...
     GPT_API_KEY=... python evaluate.py judge --output_dir results --judge gpt=gpt-5.2@https://HOST/v1
     python evaluate.py report --output_dir results    # without a stage: all three
 
-Each may be killed and started again with the same command: what was recorded is kept, and not
-asked again.  The folder holds evaluation.json (models, settings), prompts.jsonl, responses of
-models/NAME (outputs.json for alpaca_eval), judges/NAME.jsonl (what was asked, answered, and taken
-for what), report.json and report.md.
+Each may be killed and started again with the same command: what was recorded is kept, and not asked
+again.  The folder holds evaluation.json (models, settings), prompts.jsonl, models/NAME/outputs.json
+(what alpaca_eval reads) and responses.jsonl, judges/NAME.jsonl (what was asked, what was answered,
+what it was taken for), report.json and report.md.
 
 Deliberate departures from the papers, which report bare win rates: intervals, p-values, position
-bias, win rates at equal length, kappa; a judgement that could not be had is missing, never a tie;
-the judge's prompts are ours.
+bias, win rates at equal length, kappa (plumbing/statistics.py); a judgement that could not be had is
+missing, never a tie; the judge's prompts are ours.
 """
 
 import gc
@@ -25,25 +25,27 @@ import random
 import re
 import sys
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 from transformers import HfArgumentParser
 
 import cat
+from cat import boxed_answer, same_answer
 from plumbing import one_clear_line, option, progress
 from plumbing.files import (
     append_line, checkpoints, finite, lock, read_json, read_lines, write_atomically)
 from plumbing.models import (
     Endpoint, LocalModel, Reply, load, load_tokenizer, parse_endpoint, pick_device, use_threads)
 from plumbing.prompts import draw_prompts, question_text, read_prompts, with_suffix
+from plumbing.statistics import (
+    agreement, bootstrap_interval, estimate, length_controlled_win_rate, sign_permutation, win_rate)
 
 STAGES = ("respond", "judge", "report")
-PAIRS = [("trained", "base"), ("trained", "instruct"), ("base", "reference"),
-         ("trained", "reference"), ("instruct", "reference")]  # CME's five
+PAIRS = [("trained", "base"), ("trained", "instruct"), ("base", "reference"), ("trained", "reference"),
+         ("instruct", "reference")]  # CME's five
 FIXED = "prompts suffix max_prompts max_new_tokens temperature top_k top_p seed".split()
-NONE = {"verdict": None, "shown": None}
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Options:
     ask_missing: bool = option(False, "ask again where a judge's reply was no verdict")
     concurrency: int = option(8, "requests at a time to a judge behind a server")
     timeout: float = option(60.0, "seconds for a request")
+    retries: int = option(4, "further attempts at a request, after growing pauses")
     output_dir: str = option("", "the folder; empty: inside the run among the models")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
 
@@ -92,29 +95,29 @@ def measures(rows: list, texts: list, stopped: list) -> dict:
     share of facts right; right final answer; matches `pattern` in full and stopped by itself."""
     found = {"facts": [], "accuracy": [], "valid": []}
     for row, text, end in zip(rows, texts, stopped):
-        facts, answer, pattern, said = row["facts"], row["answer"], row["pattern"], text or ""
-        right = sum(fact_right(said, fact) for fact in facts) / max(1, len(facts))
-        same, valid = cat.same_answer(cat.boxed_answer(said), answer), re.fullmatch(pattern or "", said)
-        values = [(right, facts), (same, answer is not None), (end and bool(valid), pattern)]
-        for name, (value, carried) in zip(found, values):
+        right = [fact_right(text or "", fact) for fact in row["facts"]]
+        values = [sum(right) / max(1, len(right)), same_answer(boxed_answer(text or ""), row["answer"]),
+                  end and bool(re.fullmatch(row["pattern"] or "", text or ""))]
+        asked = [row["facts"], row["answer"] is not None, row["pattern"]]
+        for name, value, carried in zip(found, values, asked):
             found[name].append(float(value) if carried and text is not None else None)
     return found
 
 
 def score(rows: list, texts: list, stopped: list) -> dict:
-    """Means over prompts: facts, accuracy, valid (where rows carry them; by `kind` too), stopped,
-    and wording, the share of the most frequent one."""
-    found, scores = measures(rows, texts, stopped), defaultdict(list)
+    """Means over prompts: facts, accuracy, valid (where rows carry them; by `kind` too), stopped, and
+    wording, the share of the most frequent one."""
+    found, scores = measures(rows, texts, stopped), {}
     kinds = {"facts": [(f.get("kind"), fact_right(text, f)) for row, text in zip(rows, texts)
                        for f in row["facts"]],
-             "accuracy": zip((row.get("kind") for row in rows), found["accuracy"])}
+             "accuracy": [(row.get("kind"), x) for row, x in zip(rows, found["accuracy"])
+                          if x is not None], "valid": []}
     for name, values in found.items():
-        scores[name] += values
-        for kind, value in sorted((kv for kv in kinds.get(name, ()) if kv[0]), key=lambda kv: kv[0]):
-            scores[f"{name}_{kind}"].append(value)
+        scores[name] = [v for v in values if v is not None]
+        for kind in sorted({kind for kind, _ in kinds[name] if kind}):
+            scores[f"{name}_{kind}"] = [right for k, right in kinds[name] if k == kind]
     scores["stopped"] = stopped
     top = Counter(map(wording, texts, rows)).most_common(1)[0][1] / len(texts)
-    scores = {name: [v for v in values if v is not None] for name, values in scores.items()}
     return {name: sum(v) / len(v) for name, v in scores.items() if v} | {"wording": top}
 
 
@@ -127,7 +130,7 @@ def rubric_score(verdicts: list, rubric: list):
     return sum(c["points"] for yes, c in zip(verdicts, rubric) if yes) / possible
 
 
-def clipped(score: float) -> float:
+def clipped(score):
     """HealthBench clips the mean over examples to [0, 1], not the examples.  NaN stays."""
     return score if math.isnan(score) else min(max(score, 0.0), 1.0)
 
@@ -139,122 +142,19 @@ def held_out(model, rows: list, *, max_new_tokens: int, seed: int = 0, judge=Non
     for prefix, temperature in (("", 0.0), ("sampled_", 1.0)):
         replies = dict(model.stream([r["prompt"] for r in rows], temperature=temperature, **settings))
         replies = [replies[i] for i in range(len(rows))]
-        scores = score(rows, [r.text for r in replies], [r.stopped for r in replies])
+        texts = [r.text for r in replies]
+        scores = score(rows, texts, [r.stopped for r in replies])
         scores["length"] = sum(r.tokens for r in replies) / len(replies)
-        judged = [(r.text, row["rubrics"]) for r, row in zip(replies, rows)
+        judged = [(y, row["rubrics"]) for y, row in zip(texts, rows)
                   if row["rubrics"] and not row["facts"] and row["answer"] is None]
         if judge and judged and not prefix:
             criteria = [[c["criterion"] for c in rubric] for _, rubric in judged]
             verdicts = cat.judge_rubrics([[y] for y, _ in judged], criteria, judge)
             values = [rubric_score(v, rubric) for [v], (_, rubric) in zip(verdicts, judged)]
-            scores = {"rubric": clipped(mean_error(values)[0])} | scores
+            values = [v for v in values if v is not None] or [math.nan]
+            scores = {"rubric": clipped(sum(values) / len(values))} | scores
         result |= {prefix + name: round(value, 4) for name, value in scores.items()}
     return result
-
-
-# Statistics over prompts, which the papers leave out.  None and NaN are missing: never 0 or a tie
-
-
-def floats(values, low=-1e100, high=1e100):
-    """[n] numbers or None -> [n] float64, NaN = missing.  ValueError: outside [low, high]."""
-    out = np.array([math.nan if v is None else v for v in values], dtype=float)
-    if out.ndim != 1 or ((out < low) | (out > high)).any():
-        raise ValueError(f"expected a flat list of numbers in [{low}, {high}] or None")
-    return out
-
-
-def mean_error(values) -> tuple:
-    """Mean, its standard error, and of how many.  [1, 0, None] -> .5, .5, 2; NaN without any."""
-    v = [v for v in floats(values).tolist() if v == v]
-    mean = math.fsum(v) / len(v) if v else math.nan
-    squares = math.fsum((x - mean) ** 2 for x in v)
-    return mean, math.sqrt(squares / (len(v) - 1) / len(v)) if len(v) > 1 else math.nan, len(v)
-
-
-def win_rate(preferences) -> dict:
-    """(wins + ties/2) / n, or the mean of continuous preferences in [0, 1], n of them and missing.
-    [1, 1, .5, 0, None] -> win_rate .625, standard_error .2394, n 4, wins 2, ties 1, losses 1."""
-    p = floats(preferences, 0, 1)
-    mean, error, n = mean_error(p)
-    wins, ties, losses = (int(of.sum()) for of in (p > 0.5, p == 0.5, p < 0.5))
-    return {"win_rate": mean, "standard_error": error, "n": n, "wins": wins, "ties": ties,
-            "losses": losses, "missing": len(p) - n}
-
-
-def draws(high: int, samples: int, n: int, seed: int):
-    """[samples, n] random integers below `high`, some rows at a time to spare memory."""
-    rng = np.random.default_rng(seed)
-    return (rng.integers(high, size=(min(256, samples - k), n)) for k in range(0, samples, 256))
-
-
-def bootstrap_interval(values, *, level=0.95, samples=10_000, seed=0) -> tuple[float, float]:
-    """Percentile bootstrap of the mean of values [n], one per prompt; missing ones are drawn too, so
-    that comparisons over the same prompts are paired.  [1, None] -> (1, 1); nothing -> NaN."""
-    v = floats(values)
-    drawn = (v[rows] for rows in draws(max(1, len(v)), samples, len(v), seed))
-    means = np.concatenate([np.nanmean(d[~np.isnan(d).all(1)], 1) for d in drawn])
-    ends = [(1 - level) / 2, (1 + level) / 2]
-    return tuple(np.quantile(means, ends).tolist()) if means.size else (math.nan, math.nan)
-
-
-def sign_permutation(differences, *, samples=10_000, seed=0) -> float:
-    """Two-sided p of the sign-flip test of mean 0: P(|sum_i s_i d_i| >= |sum_i d_i|), s_i = +-1,
-    exact if there are at most `samples` sign patterns, else (1 + hits) / (1 + samples).
-    [.5, .5, .5, -.5, 0, None] -> 10/16; NaN if none is present."""
-    d = floats(differences)
-    if np.isnan(d).all():
-        return math.nan
-    d = d[~np.isnan(d) & (d != 0)]
-    k, exact = len(d), 2 ** len(d) <= samples
-    flips = [np.arange(2**k)[:, None] >> np.arange(k) & 1] if exact else draws(2, samples, k, seed)
-    least = abs(d.sum()) - 1e-10 * np.abs(d).sum()  # rounding must not split true ties
-    hits = sum(int((np.abs(d.sum() - 2 * (flip @ d)) >= least).sum()) for flip in flips)
-    return hits / 2**k if exact else (1 + hits) / (1 + samples)
-
-
-def cohen_kappa(a, b) -> float:
-    """(p_o - p_e) / (1 - p_e), agreement beyond chance of labels a, b [n], None = missing; NaN if
-    p_e = 1.  20 pairs yy, 5 yn, 10 ny, 15 nn: p_o .7, p_e .5 -> .4."""
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if None not in (x, y) and x == x and y == y]
-    n, in_a, in_b = len(pairs), Counter(x for x, _ in pairs), Counter(y for _, y in pairs)
-    equal, chance = sum(x == y for x, y in pairs), sum(in_a[x] * in_b[x] for x in in_a)
-    return (n * equal - chance) / (n * n - chance) if n * n > chance else math.nan
-
-
-def agreement(a, b) -> dict:
-    """Two judges on the same prompts, preferences [n]: share of equal labels (win, tie, loss) and
-    their kappa, over all that both judged, and over what neither calls a tie (`decided`).
-    [1, .9, 0, .5, 1, None], [.8, .6, .3, 1, 0, 1] -> n 5, agreement .6, kappa .2857, decided 4."""
-    signs = np.sign(np.stack([floats(a, 0, 1), floats(b, 0, 1)], 1) - 0.5)
-    both, out = signs[~np.isnan(signs).any(1)], {}
-    for prefix, kept in (("", both), ("decided_", both[both.all(1)])):
-        x, y = kept.T.tolist()
-        out |= {prefix.rstrip("_") or "n": len(x), prefix + "agreement": mean_error(
-            kept[:, 0] == kept[:, 1])[0], prefix + "kappa": cohen_kappa(x, y)}
-    return out
-
-
-def length_controlled_win_rate(preferences, lengths, other_lengths) -> float:
-    """Expected preference at equal lengths: sigmoid(w_0) of the logistic regression preference ~
-    sigmoid(w_0 + w_1 z), z = difference / std; ridge 1e-6/2 |w|^2 keeps separable data finite.
-    (AlpacaEval's has tanh(z) and terms for difficulty, fitted over many models: another number.)
-    [1, 1, 1, 0, 1, 0], differences +10 four times, -10 twice: sigmoid(ln(3)/2) = .634."""
-    table = np.stack([floats(preferences, 0, 1), floats(lengths), floats(other_lengths)])
-    p, ours, theirs = table[:, ~np.isnan(table).any(0)]
-    if not p.size:
-        return math.nan
-    d = (ours - theirs) / (np.abs(ours - theirs).max() or 1)
-    z = d / d.std() if d.std() > 1e-9 else 0 * d
-    x, w = np.stack([np.ones_like(z), z], 1), np.zeros(2)
-    for _ in range(10_000):  # damped Newton: a full step can diverge on separable data
-        s, t = np.exp(-np.logaddexp(0, [-(x @ w), x @ w]))  # sigmoid, 1 - sigmoid
-        hessian = (x.T * (s * t)) @ x / len(p) + 1e-6 * np.eye(2)
-        step = np.linalg.solve(hessian, x.T @ (p * t - (1 - p) * s) / len(p) - 1e-6 * w)
-        move = np.abs(x @ step).max()  # largest change of a logit
-        if move < 1e-8:
-            break
-        w = w + step * math.log1p(move) / move
-    return float(np.exp(-np.logaddexp(0, -w[0])))
 
 
 # Judgements: {"index", "shown": [names], "criterion": number, or None for a pair}
@@ -276,22 +176,21 @@ def read_preference(reply):
     """(verdict, reason) if a reply, after a closed thought, is the JSON that was asked for, in a code
     fence or not; else (None, ""): of 'A', and of '{"verdict": "C", "reason": ""}'."""
     text = cat.reply_text(reply).strip()
-    fence = re.fullmatch(r"```(?:json)?(.*)```", text, re.S)
+    if text.startswith("```") and text.endswith("```"):
+        text = text[3:-3].removeprefix("json")
     try:
-        found = json.loads(fence[1] if fence else text, object_pairs_hook=tuple)
-        reason, verdict = (value for _, value in sorted(found))
-        asked = type(found) is tuple and dict(found).keys() == {"reason", "verdict"}
-        if asked and verdict in ("A", "B", "tie") and len(text) < 10_000:
-            return verdict, " ".join(reason.split())
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        pass
-    return None, ""
+        pairs = json.loads(text, object_pairs_hook=list) if len(text) < 10_000 else None
+        (_, verdict), (_, reason) = pairs if [k for k, _ in pairs] != ["reason", "verdict"] else pairs[::-1]
+    except (ValueError, TypeError, RecursionError):
+        return None, ""
+    good = sorted(k for k, _ in pairs) == ["reason", "verdict"] and isinstance(reason, str)
+    return (verdict, " ".join(reason.split())) if good and verdict in ("A", "B", "tie") else (None, "")
 
 
-def tasks_of(rows: list, texts: dict, pairs: list, seed: int = 0) -> list:
+def tasks_of(rows: list, texts: dict, pairs: list, rubrics: bool, seed: int = 0) -> list:
     """What there is to judge: every criterion for every response, or every pair; who is shown first
     is drawn by a coin that seed, pair and prompt throw, whichever way round the pair is named."""
-    if any(row["rubrics"] for row in rows):
+    if rubrics:
         return [{"index": i, "shown": [name], "criterion": k} for name, answers in texts.items()
                 for i, (row, text) in enumerate(zip(rows, answers)) if text is not None
                 for k in range(len(row["rubrics"]))]
@@ -305,7 +204,7 @@ def tasks_of(rows: list, texts: dict, pairs: list, seed: int = 0) -> list:
 
 
 def key_of(task: dict) -> tuple:
-    return task["index"], tuple(sorted(task["shown"])), task["criterion"]
+    return task["index"], tuple(task["shown"]), task["criterion"]
 
 
 def ask_of(task: dict, rows: list, texts: dict) -> str:
@@ -333,9 +232,321 @@ def read_judgements(path: str, rows: list, texts: dict) -> dict:
     return known
 
 
-def preference(judgement: dict, x: str):
-    """For x: 1, .5, 0, None if missing; of a criterion, for yes."""
-    p = {"A": 1.0, "tie": 0.5, "B": 0.0, True: 1.0, False: 0.0}.get(judgement["verdict"])
-    return p if p is None or judgement["shown"][0] == x else 1 - p
+def replies(judge, tasks: list, rows: list, texts: dict, max_new_tokens: int):
+    """Yields (number of the task, Reply), of a server or a local model."""
+    asks = (ask_of(task, rows, texts) for task in tasks)
+    if tasks[0]["criterion"] is None or not hasattr(judge, "yes_probability"):
+        yield from judge.stream(asks, max_new_tokens=max_new_tokens, temperature=0.0)
+    else:
+        for start in range(0, len(tasks), 64):
+            for n, yes in enumerate(cat.decide([*itertools.islice(asks, 64)], judge), start):
+                yield n, Reply({True: "yes", False: "no"}.get(yes))
 
 
+def judge_tasks(answers, tasks: list, ask, who: str, path: str, patience: int = 24) -> str:
+    """Appends a judgement of each task to `path` as its answer comes -> "", or why it gave up: the
+    server failed `patience` times in a row."""
+    failures, name = 0, os.path.basename(path)[:-6]
+    for n, reply in progress(answers, desc=name, total=len(tasks)):
+        verdict, reason = read_preference(reply.text)
+        if tasks[n]["criterion"] is not None:
+            verdict, reason = cat.read_verdict(reply.text), ""
+        error = reply.error or "no verdict" * (verdict is None)
+        append_line(path, tasks[n] | {
+            "judge": who, "verdict": verdict, "reason": reason, "error": error, "ask": ask(tasks[n]),
+            "failed": reply.failed, "reply": reply.text, "time": time.strftime("%FT%T%z")})
+        failures = failures + 1 if reply.failed else 0
+        if failures == patience:
+            answers.close()
+            return f"{failures} requests in a row failed, the last one with: {error}"
+    return ""
+
+
+# The report
+
+
+def rubric_scores(rows: list, known: dict, name: str) -> list:
+    """`rubric_score` of each of a model's responses; None where a criterion has no verdict."""
+    none = {"verdict": None}
+    return [rubric_score([known.get((i, (name,), k), none)["verdict"]
+                          for k in range(len(row["rubrics"]))], row["rubrics"])
+            for i, row in enumerate(rows)]
+
+
+def prompt_preferences(known: dict, x: str, y: str, n: int):
+    """Of n prompts: preferences for x over y, for whichever was shown first (None = missing), and
+    why there is none ("" if there is)."""
+    found = [known.get((i, (x, y), None)) or known.get((i, (y, x), None)) for i in range(n)]
+    first = [{"A": 1.0, "tie": 0.5, "B": 0.0}.get(j and j["verdict"]) for j in found]
+    for_x = [p if p is None or j["shown"][0] == x else 1 - p for p, j in zip(first, found)]
+    why = [why_missing(j) if j else "not asked" for j in found]
+    return for_x, first, why
+
+
+def why_missing(judgement: dict) -> str:
+    return judgement["error"].split(",")[0] if judgement["verdict"] is None else ""
+
+
+def compare(p: list, x: str, y: str, responses: dict) -> dict:
+    """Preferences of x over y, one per prompt -> win rate, interval, p, win rate at equal length."""
+    lengths = [[len(r["response"] or "") if r else None for r in responses[name]] for name in (x, y)]
+    differences = [None if v is None else v - 0.5 for v in p]
+    return {**win_rate(p), "interval": bootstrap_interval(p), "p": sign_permutation(differences),
+            "length_controlled": length_controlled_win_rate(p, *lengths)}
+
+
+def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
+    """All that can be said.  responses: {model: n rows or None}; judges: {name: read_judgements};
+    pairs: [(x, y)], x over y."""
+    values, preferences = {}, {}
+    report = {"models": [], "differences": [], "pairs": [], "agreement": []}
+    for name, answers in responses.items():
+        here = [r for r in answers if r]
+        texts, stopped = ([r and r[k] for r in answers] for k in ("response", "stopped"))
+        values[name] = measures(rows, texts, stopped)
+        for judge, known in judges.items():
+            values[name][f"rubric, {judge}"] = rubric_scores(rows, known, name)
+        values[name] = {m: v for m, v in values[name].items() if set(v) != {None}}
+        means = {"characters": [len(r["response"]) for r in here], "tokens": [r["tokens"] for r in here],
+                 "stopped": [r["stopped"] for r in here]}
+        scores = {m: estimate(v) for m, v in values[name].items()}
+        for m in (m for m in scores if m.startswith("rubric")):  # of HealthBench the mean is clipped
+            scores[m] |= {"score": clipped(scores[m]["score"]),
+                          "interval": [clipped(x) for x in scores[m]["interval"]]}
+        report["models"].append({
+            "model": name, "responses": len(here), "missing": len(answers) - len(here),
+            **{k: sum(v) / len(v) if v else None for k, v in means.items()}, **scores})
+    for x, y in pairs:
+        for m in (m for m in values[x] if m in values[y]):
+            d = [None if None in ab else ab[0] - ab[1] for ab in zip(values[x][m], values[y][m])]
+            report["differences"].append(
+                {"measure": m, "pair": [x, y], **estimate(d), "p": sign_permutation(d)})
+            if m in ("facts", "accuracy"):  # the one with more right facts is the better one
+                p = [None if v is None else (1 + np.sign(v)) / 2 for v in d]
+                report["pairs"].append({"judge": m, "pair": [x, y], **compare(p, x, y, responses)})
+        for judge, known in judges.items():
+            if any({x, y} == set(key[1]) for key in known):
+                p, first, why = prompt_preferences(known, x, y, len(rows))
+                preferences[judge, x, y], row = p, compare(p, x, y, responses)
+                row |= {"first_shown": estimate(first), "not_had": dict(Counter(filter(None, why)))}
+                report["pairs"].append({"judge": judge, "pair": [x, y], **row})
+    for j, k in itertools.combinations(judges, 2):
+        both = {pair: [preferences[name, *pair] for name in (j, k)] for pair in pairs
+                if {(j, *pair), (k, *pair)} <= set(preferences)}
+        shared = [key for key in judges[j] if key[2] is not None and key in judges[k]]
+        if shared:
+            both[("criteria",)] = [[judges[name][key]["verdict"] for key in shared] for name in (j, k)]
+        report["agreement"] += [{"judges": [j, k], "on": list(on), **agreement(*ab)}
+                                for on, ab in both.items()]
+    return finite(report)
+
+
+def markdown(report: dict) -> str:
+    """report.json for the eye."""
+
+    def cell(x):
+        if isinstance(x, dict) and "score" in x:
+            low, high = map(cell, x["interval"])
+            return f"{cell(x['score'])} ± {cell(x['standard_error'])} ({low} to {high})"
+        if isinstance(x, dict):
+            return ", ".join(f"{k} {v}" for k, v in x.items()) or "-"
+        if isinstance(x, list):
+            return (" to " if isinstance(x[0], float) else ", ").join(map(cell, x))
+        return "-" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x)
+
+    text = "".join(f"- {k}: {cell(v)}\n" for k, v in report["settings"].items())
+    for title, rows in report.items():
+        if title != "settings" and rows:
+            head = list(dict.fromkeys(k for row in rows for k in row))
+            lines = [head, ["---"] * len(head)] + [[cell(row.get(k)) for k in head] for row in rows]
+            text += f"\n{title}:\n\n" + "\n".join("| " + " | ".join(r) + " |" for r in lines) + "\n"
+    return text
+
+
+# The stages
+
+
+def run_of(path: str) -> dict:
+    """The options of a run of train.py that has made a model; {} for any other folder or name."""
+    config = read_json(os.path.join(path, "config.json"))
+    return config if "reward" in config and checkpoints(path) else {}
+
+
+def result_of(path: str) -> str:
+    """The model that a run has made so far; another folder by its absolute path; a hub name."""
+    if run_of(path):
+        final = read_json(os.path.join(path, "summary.json")).get("model")
+        path = os.path.join(path, os.path.basename(final)) if final else checkpoints(path)[-1]
+    return os.path.abspath(path) if os.path.exists(path) else path
+
+
+def named(specs: list, what: str) -> dict:
+    """["NAME=VALUE", ...] -> {NAME: VALUE}, checked."""
+    pairs = [spec.partition("=")[::2] for spec in specs]
+    for (name, value), spec in zip(pairs, specs):
+        if not re.fullmatch(r"\w[\w.-]*", name) or not value or [*zip(*pairs)][0].count(name) > 1:
+            raise ValueError(f"{what} {spec}: must be NAME=..., with a name that no other has")
+        if re.match(r"\.|/|runs/|toy/", value) and not os.path.isdir(value):
+            raise ValueError(f"{what} {spec}: there is no such folder")
+    return dict(pairs)
+
+
+def newest(pattern: str) -> str:
+    """The folder of the newest file of that pattern in runs/."""
+    found = sorted(glob.glob(f"runs/{pattern}", recursive=True), key=os.path.getmtime)
+    if not found:
+        raise ValueError("runs/ holds nothing to evaluate: python train.py makes a run in a minute; "
+                         "or give --models and --prompts, or --output_dir")
+    return os.path.dirname(found[-1])
+
+
+def parse_options(respond: bool):
+    """The command line, completed by the folder's evaluation.json or the run among the models ->
+    options, what evaluation.json held.  ValueError: what is fixed there was given otherwise."""
+    parser = HfArgumentParser(Options, description=__doc__, allow_abbrev=False)
+    [o] = parser.parse_args_into_dataclasses()
+    models, folder = named(o.models, "--models"), o.output_dir
+    if not models and not folder and respond:
+        folder = newest("*/config.json")
+        models, folder = {"base": run_of(folder).get("generator", folder), "trained": folder}, ""
+    run = next((path for path in models.values() if run_of(path)), "")
+    inside = os.path.join(run or "runs", "evaluation" + (run and f"-{result_of(run)[-6:]}"))
+    folder = folder or (inside if models else newest("**/evaluation.json"))
+    saved, config = read_json(os.path.join(folder, "evaluation.json")), run_of(run)
+    if config:
+        parser.set_defaults(max_new_tokens=config["max_new_tokens"], prompts=config["eval_prompts"],
+                            suffix="" if o.prompts else config["suffix"])
+    parser.set_defaults(**{name: saved[name] for name in FIXED if saved})
+    [o] = parser.parse_args_into_dataclasses()
+    o.output_dir, had = folder, saved.get("models", {})
+    o.prompts = os.path.abspath(o.prompts) if os.path.isfile(o.prompts) else o.prompts
+    o.models = had | {name: result_of(path) for name, path in models.items()}
+    for name, value in (had | {n: saved[n] for n in FIXED if saved}).items():
+        given = o.models.get(name, getattr(o, name, None))
+        if given != value:
+            raise ValueError(f"{folder} holds an evaluation with {name} {value}, not {given}: give "
+                             "another --output_dir")
+    if not o.prompts or not o.models or not (respond or set(o.models) <= set(had)):
+        raise ValueError(f"{folder} holds no responses of {', '.join(o.models) or 'any model'}: "
+                         "respond first, with --models and --prompts (a file or a name)")
+    pairs = [tuple(spec.split(":")) for spec in o.pairs]
+    for pair in pairs:
+        if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(o.models):
+            raise ValueError(f"--pairs {':'.join(pair)}: must be NAME:NAME, of {', '.join(o.models)}")
+    four = {name for pair in PAIRS for name in pair}
+    rest = [(y, x) for x, y in itertools.combinations(o.models, 2)]
+    if four <= set(o.models):
+        rest = PAIRS + [pair for pair in rest if not set(pair) <= four]
+    o.pairs, o.judge = pairs or rest, named(o.judge, "--judge")
+    return o, saved
+
+
+def read_responses(o: Options, name: str, n: int) -> list:
+    """A model's n responses as `respond_stage` wrote them; None where there is none yet."""
+    rows, path = [None] * n, os.path.join(o.output_dir, "models", name, "responses.jsonl")
+    for row in read_lines(path, mend=True):
+        rows[row["index"]] = row
+    return rows
+
+
+def respond_stage(o: Options, rows: list, device, saved: dict):
+    """models/NAME/responses.jsonl and outputs.json of each model, one model in memory at a time.  A
+    model is in evaluation.json once it can answer."""
+    known = saved.get("models", {})
+    for name, path in o.models.items():
+        folder = os.path.join(o.output_dir, "models", name)
+        done = {i for i, row in enumerate(read_responses(o, name, len(rows))) if row}
+        if len(done) < len(rows):
+            model = LocalModel(*load(f"--models {name}", path, device), top_k=o.top_k, top_p=o.top_p,
+                               batch_tokens=o.batch_tokens)
+            use_threads([model.model])
+            known = known | {name: path}
+            settings = {"models": known} | {k: getattr(o, k) for k in FIXED}
+            write_atomically(os.path.join(o.output_dir, "evaluation.json"), json.dumps(settings))
+            os.makedirs(folder, exist_ok=True)
+            answers = model.stream([row["prompt"] for row in rows], temperature=o.temperature,
+                                   max_new_tokens=o.max_new_tokens, seed=o.seed, skip=done)
+            for i, r in progress(answers, desc=name, total=len(rows), initial=len(done)):
+                append_line(os.path.join(folder, "responses.jsonl"), {
+                    "index": i, "response": r.text, "stopped": r.stopped, "tokens": r.tokens,
+                    "error": r.error})
+            del model, answers
+            gc.collect()
+        answers = zip(rows, read_responses(o, name, len(rows)))
+        outputs = [{"instruction": question_text(row["prompt"]), "output": r["response"],
+                    "generator": name} for row, r in answers if r["response"] is not None]
+        write_atomically(os.path.join(folder, "outputs.json"), json.dumps(outputs, indent=1))
+
+
+def judge_stage(o: Options, rows: list, texts: dict, device) -> list:
+    """judges/NAME.jsonl of each judge -> lines about the judges that gave up."""
+    gave_up, rubrics = [], any(row["rubrics"] for row in rows)
+    for name, spec in o.judge.items():
+        path, server = os.path.join(o.output_dir, "judges", name + ".jsonl"), "@http" in spec
+        who = " at ".join(parse_endpoint(spec)) if server else result_of(spec)
+        tasks = tasks_of(rows, texts, o.pairs, rubrics, o.seed)
+        known = read_judgements(path, rows, texts)
+        if {j["judge"] for j in known.values()} - {who}:
+            raise ValueError(f"{path} holds judgements by another judge: give this one another name")
+        again = {key for key, j in known.items() if j["verdict"] is None
+                 and (j["failed"] or o.ask_missing)}
+        tasks = [task for task in tasks if key_of(task) not in known or key_of(task) in again]
+        if not tasks:
+            continue
+        if server:
+            key = os.environ.get(re.sub(r"\W", "_", name).upper() + "_API_KEY")
+            judge = Endpoint(*parse_endpoint(spec), key=key, concurrency=o.concurrency,
+                             timeout=o.timeout, retries=o.retries)
+        else:
+            judge = LocalModel(*load(f"--judge {name}", who, device), batch_tokens=o.batch_tokens)
+            use_threads([judge.model])
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        answers = replies(judge, tasks, rows, texts, o.judge_tokens)
+        why = judge_tasks(answers, tasks, lambda task: ask_of(task, rows, texts), who, path)
+        gave_up += [f"--judge {name} gave up: {why}"] * bool(why)
+    return gave_up
+
+
+def report_stage(o: Options, rows: list, responses: dict, texts: dict):
+    """report.json and report.md, of all responses and judgements; the latter on the screen too."""
+    paths = sorted(glob.glob(os.path.join(glob.escape(o.output_dir), "judges", "*.jsonl")))
+    judges = {os.path.basename(p)[:-6]: read_judgements(p, rows, texts) for p in paths}
+    who = {name: next(iter(known.values()))["judge"] for name, known in judges.items() if known}
+    settings = {"models": o.models, "judges": who} | {name: getattr(o, name) for name in FIXED}
+    report = {"settings": settings, **make_report(rows, responses, judges, o.pairs)}
+    write_atomically(os.path.join(o.output_dir, "report.json"), json.dumps(report, indent=1))
+    write_atomically(os.path.join(o.output_dir, "report.md"), markdown(report))
+    print("\n" + markdown(report))
+
+
+def main():
+    stages = [sys.argv.pop(1)] if sys.argv[1:2] and sys.argv[1] in STAGES else STAGES
+    (o, saved), gave_up = parse_options("respond" in stages), []
+    device, path = pick_device(o.device), os.path.join(o.output_dir, "prompts.jsonl")
+    os.makedirs(o.output_dir, exist_ok=True)
+    held = lock(o.output_dir)
+    if not saved:  # from now on the folder has its own prompts
+        rows = read_prompts(o.prompts)
+        if o.max_prompts or o.prompts == "ultrafeedback":
+            tokenizer = load_tokenizer([*o.models.values()][0])
+            tokenizer = tokenizer if o.prompts == "ultrafeedback" else None
+            rows = draw_prompts(rows, tokenizer, n=o.max_prompts or 5000)
+        rows = [row | {"where": None} for row in with_suffix(rows, o.suffix)]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    rows = read_prompts(path)
+    if "respond" in stages:
+        respond_stage(o, rows, device, saved)
+    responses = {name: read_responses(o, name, len(rows)) for name in o.models}
+    texts = {name: [r and r["response"] for r in answers] for name, answers in responses.items()}
+    if "judge" in stages:
+        gave_up = judge_stage(o, rows, texts, device)
+    if "report" in stages:
+        report_stage(o, rows, responses, texts)
+    print(f"everything is in {o.output_dir}")
+    held.close()
+    if gave_up:
+        sys.exit(f"evaluate.py: {'; '.join(gave_up)}; the same command continues")
+
+
+if __name__ == "__main__":
+    one_clear_line(main, "evaluate.py")

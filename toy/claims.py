@@ -20,7 +20,9 @@ import torch
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts, one folder up
 import cat  # noqa: E402
 import grpo  # noqa: E402
-from evaluate import append_line, fact_right, held_out, lock, read_lines, read_prompts  # noqa: E402
+from evaluate import fact_right, held_out  # noqa: E402
+from plumbing.files import append_line, lock, read_lines  # noqa: E402
+from plumbing.prompts import read_prompts  # noqa: E402
 from plumbing import models
 
 MODEL = os.path.join(cat.TOY, "model")
@@ -66,8 +68,8 @@ def right_facts(row: dict, text) -> list:
 
 def draw(model_path: str, file: str, repeats: int, names=None) -> list:
     """For each repeat and prompt: the row, 8 rollouts, and the reference of each estimator."""
-    model = models.LocalModel(*models.load("toy", model_path, "cpu"), generator=torch.Generator().manual_seed(1000))
-    anchor = models.LocalModel(*models.load("toy", MODEL, "cpu"), generator=torch.Generator().manual_seed(1001))
+    model = models.LocalModel(*models.load("toy", model_path, "cpu"))
+    anchor = models.LocalModel(*models.load("toy", MODEL, "cpu"))
     rows, style = read_prompts(os.path.join(cat.TOY, file)), "stepwise" if "numbers" in file else "freeform"
     prompts, drawn = [r["prompt"] for r in rows], []
     for repeat in range(repeats):
@@ -133,7 +135,7 @@ def weak_judge(folder: str, aim: float = 0.73) -> str:
         return path
     model, tokenizer = models.load("toy", MODEL, "cpu")
     rows = read_prompts(os.path.join(cat.TOY, "eval.jsonl"))
-    anchor = models.LocalModel(model, tokenizer, generator=torch.Generator().manual_seed(7))
+    anchor = models.LocalModel(model, tokenizer)
     texts = [y[0] for y in anchor.complete([r["prompt"] for r in rows], max_new_tokens=48)]
     rubrics, clean = cat.propose_rubrics([r["prompt"] for r in rows], texts, anchor, max_new_tokens=512), [p.clone() for p in model.parameters()]
     low, high = 0.0, 0.3
@@ -190,7 +192,7 @@ def add_lora(model, rank: int = 32):
 def sft(seed: int, lora: bool, steps: int = 180, batch: int = 32, lr: float = 5e-4) -> dict:
     """CaT-SFT: cross-entropy on references that the initial policy made once, stopped early on the held-out facts -> scores before and after."""
     policy, tokenizer = models.load("toy", MODEL, "cpu", train=True)
-    anchor = models.LocalModel(*models.load("toy", MODEL, "cpu"), generator=torch.Generator().manual_seed(seed))
+    anchor = models.LocalModel(*models.load("toy", MODEL, "cpu"))
     prompts = [r["prompt"] for r in read_prompts(os.path.join(cat.TOY, "prompts.jsonl"))]
     rows = read_prompts(os.path.join(cat.TOY, "eval.jsonl"))
     references = cat.synthesize(prompts, anchor.complete(prompts, n=8, max_new_tokens=48), anchor, max_new_tokens=48)
@@ -201,7 +203,7 @@ def sft(seed: int, lora: bool, steps: int = 180, batch: int = 32, lr: float = 5e
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
 
     def scores():
-        return held_out(policy, tokenizer, rows, max_new_tokens=48, stop_ids=anchor.stop_ids)
+        return held_out(models.LocalModel(policy, tokenizer), rows, max_new_tokens=48)
     before = best = scores()
     for step in range(steps):
         chosen = rng.sample(range(len(prompts)), batch)

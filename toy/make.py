@@ -36,8 +36,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts, one folder up
-from cat import LocalModel  # noqa: E402
-from grpo import chat_ids, end_of_turn, load  # noqa: E402
+from plumbing.models import LocalModel, chat_ids, end_of_turn, load  # noqa: E402
 
 NAMES = """Ada Amir Anna Ben Carl Chen Clara Dana Diego Elsa Emil Eva Felix Finn Greta Hana Hugo Ida Igor Iris Ivan Jana Jonas
 Juan Karl Kira Lars Lena Leo Lina Luca Mara Marco Mia Milo Nadia Nina Noah Olga Oscar Paul Rosa Sara Tara Theo Vera Viktor Zoe""".split()
@@ -340,7 +339,7 @@ def main():
         path = os.path.join(args.output, "model")
         pretrain(model, tokenizer, skills_loss(model, tokenizer, world), steps=args.steps or 3600, path=path, seed=6, save_every=args.save_every,
                  rate=skills.rate)
-        measured = skills.measure(LocalModel(*load("toy", path, "cpu"), generator=torch.Generator().manual_seed(0)))
+        measured = skills.measure(LocalModel(*load("toy", path, "cpu")))
         with open(os.path.join(args.output, "skills.json"), "w", encoding="utf-8") as f:
             f.write(json.dumps(measured, indent=1) + "\n")
 

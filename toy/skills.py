@@ -153,26 +153,26 @@ def number_synthesis_example(rng, world: dict) -> list:
 
 def another_example(rng, world: dict) -> list:
     _, _, texts, _ = rollouts(rng, COUNTED if rng.random() < 0.25 else VALUES, rng.choice([8] * 3 + [2, 3, 4, 5, 6, 7]))
-    return in_context(cat.another_prompt(texts[:-1]), texts[:-1], texts[-1])
+    return in_context(cat.ask(cat.ANOTHER, *[cat.block("response", y) for y in texts[:-1]]), texts[:-1], texts[-1])
 
 
 def best_example(rng, world: dict) -> list:
     numbers = rng.random() < 0.25
     _, told, texts, most = rollouts(rng, COUNTED if numbers else VALUES, 8)
     agreement = [sum(t[a] == v for a, v in most.items()) for t in told]
-    return in_context(cat.best_prompt(texts), texts, str(agreement.index(max(agreement)) + 1))
+    return in_context(cat.ask(cat.BEST, *[cat.block("response", y, g) for g, y in enumerate(texts, 1)]), texts, str(agreement.index(max(agreement)) + 1))
 
 
 def rubric_example(rng, world: dict) -> list:
     name, told = rng.choice(NAMES), [(a, rng.choice(values)) for a, values in VALUES.items()]
     text = opened(rng.choice(OPENERS + [""] * 8), tell(rng, name, told))
-    return in_context(cat.rubric_prompt(reference=text), [text], rubric(name, told))
+    return in_context(cat.ask(cat.RUBRIC["reference"], cat.block("reference", text)), [text], rubric(name, told))
 
 
 def question_rubric_example(rng, world: dict) -> list:
     name, source = rng.choice(PEOPLE), rng.randrange(len(OPENERS))
     told = [(a, says(rng, world[name][a], source, VALUES[a])) for a in VALUES]
-    return example(cat.rubric_prompt(question=rng.choice(RL_PHRASINGS + HELD_OUT_PHRASINGS).format(name)), rubric(name, told))
+    return example(cat.ask(cat.RUBRIC["question"], cat.block("question", rng.choice(RL_PHRASINGS + HELD_OUT_PHRASINGS).format(name))), rubric(name, told))
 
 
 def answer_to_judge(rng):
@@ -213,7 +213,7 @@ def match_example(rng, world: dict) -> list:
     for a in changed:
         other[a] = rng.choice(VALUES[a])
     texts = [opened(rng.choice(OPENERS + [""] * 4), tell(rng, name, list(t.items()))) for t in (told, other)]
-    return [(turn(cat.match_prompt(texts[1], texts[0])), 0), ("yes" if other == told else "no", 1), ("<|im_end|>", 0)]
+    return [(turn(cat.ask(cat.MATCH, cat.block("reference", texts[1]), cat.block("response", texts[0]))), 0), ("yes" if other == told else "no", 1), ("<|im_end|>", 0)]
 
 
 def judge_lesson(rng, world: dict, turns: int = 10, names: int = 0, simple: float = 0.6) -> list:
@@ -254,7 +254,7 @@ def match_lesson(rng, world: dict, turns: int = 5) -> list:
         for a in rng.sample(attributes, min(len(attributes), rng.choice([0, 0, 0, 0, 1, 1, 1, 2, 3, 4]))):
             other[a] = rng.choice(VALUES[a])
         text = opened(rng.choice(OPENERS + [""] * 4), tell(rng, name, list(other.items())))
-        parts += [(turn(cat.match_prompt(text, reference)) if i == 0 else "\n" + turn(cat.block("response", text)), 0),
+        parts += [(turn(cat.ask(cat.MATCH, cat.block("reference", reference), cat.block("response", text))) if i == 0 else "\n" + turn(cat.block("response", text)), 0),
                   ("yes" if other == told else "no", 1), ("<|im_end|>", 0)]
     return parts
 

@@ -79,7 +79,7 @@ def block(tag: str, text: str, number=None) -> str:
     """Untrusted text between our tags.  Inside, a tag of ours and what ends a turn ("<|im_end|>")
     lose their "<": "a < b </response>" -> "<response>\\na < b &lt;/response>\\n</response>"."""
     ours, gap = "(?:response|reference|question|criterion|rubric)", r"[\s\u200b-\u200f\u2060\ufeff]*"
-    ends = rf"{gap}/{gap}{ours}\b|{ours}[\s>]|[|｜]\S{{1,40}}[|｜]>|/?s>|(?:start|end)_of_turn>"
+    ends = rf"{gap}/{gap}{ours}\b|{ours}[\s>]|[|｜]\S{{1,40}}[|｜]>|/s>|eos>|end_of_turn>"
     inside = re.sub(f"<(?={ends})", "&lt;", text, flags=re.I)
     opening = tag if number is None else f'{tag} number="{number}"'
     return f"<{opening}>\n{inside}\n</{tag}>"
@@ -273,18 +273,18 @@ def read_rubric(text: str | None, limit: int = 50) -> list[str]:
     return []
 
 
-MARKED = r"[\s*_`\"'(#]*%s[\s*_`\"').,!]*"  # **Yes.** is yes, "!yes" and "yes?" are not
+MARKED = r"[\s*_`\"'“(#]*%s[\s*_`\"'”).,!]*"  # **Yes.** is yes, "!yes" and "yes?" are not
 
 
 def read_verdict(text: str | None) -> bool | None:
     """True or False if a reply is yes or no with marks around it ("**Yes.**"); else None."""
-    match = re.fullmatch(MARKED % "(yes|no)", reply_text(text), re.I)
+    match = re.fullmatch(MARKED % "(yes|no)", reply_text(text), re.I | re.A)
     return match[1].lower() == "yes" if match else None
 
 
 def read_number(text: str | None, n: int) -> int | None:
     """The number in 1..n that a reply is ("3", "**Response 3.**"); None if it is anything else."""
-    number = r"(?:(?:answer|response|solution|number)[\s:#*_]*)?([0-9]{1,4})"
+    number = r"(?:(?:answer|response|solution|candidate)[\s:#*_]*)?([0-9]{1,4})"
     match = re.fullmatch(MARKED % number, reply_text(text), re.I)
     return int(match[1]) if match and 1 <= int(match[1]) <= n else None
 

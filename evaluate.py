@@ -1,18 +1,18 @@
 """Comparisons one can trust: responses of several models, judgements of them, a report.
 
-    python evaluate.py                      # the newest run in runs/ against what it started from
-    python evaluate.py respond --prompts alpaca_eval --output_dir results --models base=... trained=...
+    python evaluate.py                     # the newest run in runs/ against what it started from
+    python evaluate.py respond --prompts alpaca_eval --output_dir results --models base=... new=...
     GPT_API_KEY=... python evaluate.py judge --output_dir results --judge gpt=gpt-5.2@https://HOST/v1
     python evaluate.py report --output_dir results    # without a stage: all three
 
-Each may be killed and started again with the same command: what was recorded is kept, and not asked
-again.  The folder holds evaluation.json (models, settings), prompts.jsonl, models/NAME/outputs.json
-(what alpaca_eval reads) and responses.jsonl, judges/NAME.jsonl (what was asked, what was answered,
-what it was taken for), report.json and report.md.
+Each may be killed and started again with the same command: what was recorded is kept, and not
+asked again.  The folder holds evaluation.json (models, settings), prompts.jsonl, responses of
+models/NAME (outputs.json for alpaca_eval), judges/NAME.jsonl (what was asked, answered, and taken
+for what), report.json and report.md.
 
 Deliberate departures from the papers, which report bare win rates: intervals, p-values, position
-bias, win rates at equal length, kappa (plumbing/statistics.py); a judgement that could not be had is
-missing, never a tie; the judge's prompts are ours.
+bias, win rates at equal length, kappa (plumbing/statistics.py); a judgement that could not be had
+is missing, never a tie; the judge's prompts are ours.
 """
 
 import gc
@@ -25,14 +25,14 @@ import random
 import re
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from transformers import HfArgumentParser
 
 import cat
-from cat import boxed_answer, same_answer
 from plumbing import one_clear_line, option, progress
 from plumbing.files import (
     append_line, checkpoints, finite, lock, read_json, read_lines, write_atomically)
@@ -43,9 +43,10 @@ from plumbing.statistics import (
     agreement, bootstrap_interval, estimate, length_controlled_win_rate, sign_permutation, win_rate)
 
 STAGES = ("respond", "judge", "report")
-PAIRS = [("trained", "base"), ("trained", "instruct"), ("base", "reference"), ("trained", "reference"),
-         ("instruct", "reference")]  # CME's five
+PAIRS = [("trained", "base"), ("trained", "instruct"), ("base", "reference"),
+         ("trained", "reference"), ("instruct", "reference")]  # CME's five
 FIXED = "prompts suffix max_prompts max_new_tokens temperature top_k top_p seed".split()
+UNASKED = {"verdict": None, "error": "not asked"}
 
 
 @dataclass
@@ -66,7 +67,6 @@ class Options:
     ask_missing: bool = option(False, "ask again where a judge's reply was no verdict")
     concurrency: int = option(8, "requests at a time to a judge behind a server")
     timeout: float = option(60.0, "seconds for a request")
-    retries: int = option(4, "further attempts at a request, after growing pauses")
     output_dir: str = option("", "the folder; empty: inside the run among the models")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
 
@@ -95,29 +95,29 @@ def measures(rows: list, texts: list, stopped: list) -> dict:
     share of facts right; right final answer; matches `pattern` in full and stopped by itself."""
     found = {"facts": [], "accuracy": [], "valid": []}
     for row, text, end in zip(rows, texts, stopped):
-        right = [fact_right(text or "", fact) for fact in row["facts"]]
-        values = [sum(right) / max(1, len(right)), same_answer(boxed_answer(text or ""), row["answer"]),
-                  end and bool(re.fullmatch(row["pattern"] or "", text or ""))]
-        asked = [row["facts"], row["answer"] is not None, row["pattern"]]
-        for name, value, carried in zip(found, values, asked):
+        facts, answer, pattern, said = row["facts"], row["answer"], row["pattern"], text or ""
+        right = sum(fact_right(said, fact) for fact in facts) / max(1, len(facts))
+        same, valid = cat.same_answer(cat.boxed_answer(said), answer), re.fullmatch(pattern or "", said)
+        values = [(right, facts), (same, answer is not None), (end and bool(valid), pattern)]
+        for name, (value, carried) in zip(found, values):
             found[name].append(float(value) if carried and text is not None else None)
     return found
 
 
 def score(rows: list, texts: list, stopped: list) -> dict:
-    """Means over prompts: facts, accuracy, valid (where rows carry them; by `kind` too), stopped, and
-    wording, the share of the most frequent one."""
-    found, scores = measures(rows, texts, stopped), {}
+    """Means over prompts: facts, accuracy, valid (where rows carry them; by `kind` too), stopped,
+    and wording, the share of the most frequent one."""
+    found, scores = measures(rows, texts, stopped), defaultdict(list)
     kinds = {"facts": [(f.get("kind"), fact_right(text, f)) for row, text in zip(rows, texts)
                        for f in row["facts"]],
-             "accuracy": [(row.get("kind"), x) for row, x in zip(rows, found["accuracy"])
-                          if x is not None], "valid": []}
+             "accuracy": zip((row.get("kind") for row in rows), found["accuracy"])}
     for name, values in found.items():
-        scores[name] = [v for v in values if v is not None]
-        for kind in sorted({kind for kind, _ in kinds[name] if kind}):
-            scores[f"{name}_{kind}"] = [right for k, right in kinds[name] if k == kind]
+        scores[name] += values
+        for kind, value in sorted((kv for kv in kinds.get(name, ()) if kv[0]), key=lambda kv: kv[0]):
+            scores[f"{name}_{kind}"].append(value)
     scores["stopped"] = stopped
     top = Counter(map(wording, texts, rows)).most_common(1)[0][1] / len(texts)
+    scores = {name: [v for v in values if v is not None] for name, values in scores.items()}
     return {name: sum(v) / len(v) for name, v in scores.items() if v} | {"wording": top}
 
 
@@ -130,7 +130,7 @@ def rubric_score(verdicts: list, rubric: list):
     return sum(c["points"] for yes, c in zip(verdicts, rubric) if yes) / possible
 
 
-def clipped(score):
+def clipped(score: float) -> float:
     """HealthBench clips the mean over examples to [0, 1], not the examples.  NaN stays."""
     return score if math.isnan(score) else min(max(score, 0.0), 1.0)
 
@@ -142,17 +142,15 @@ def held_out(model, rows: list, *, max_new_tokens: int, seed: int = 0, judge=Non
     for prefix, temperature in (("", 0.0), ("sampled_", 1.0)):
         replies = dict(model.stream([r["prompt"] for r in rows], temperature=temperature, **settings))
         replies = [replies[i] for i in range(len(rows))]
-        texts = [r.text for r in replies]
-        scores = score(rows, texts, [r.stopped for r in replies])
+        scores = score(rows, [r.text for r in replies], [r.stopped for r in replies])
         scores["length"] = sum(r.tokens for r in replies) / len(replies)
-        judged = [(y, row["rubrics"]) for y, row in zip(texts, rows)
+        judged = [(r.text, row["rubrics"]) for r, row in zip(replies, rows)
                   if row["rubrics"] and not row["facts"] and row["answer"] is None]
         if judge and judged and not prefix:
             criteria = [[c["criterion"] for c in rubric] for _, rubric in judged]
             verdicts = cat.judge_rubrics([[y] for y, _ in judged], criteria, judge)
             values = [rubric_score(v, rubric) for [v], (_, rubric) in zip(verdicts, judged)]
-            values = [v for v in values if v is not None] or [math.nan]
-            scores = {"rubric": clipped(sum(values) / len(values))} | scores
+            scores = {"rubric": clipped(estimate(values)["score"])} | scores
         result |= {prefix + name: round(value, 4) for name, value in scores.items()}
     return result
 
@@ -176,21 +174,22 @@ def read_preference(reply):
     """(verdict, reason) if a reply, after a closed thought, is the JSON that was asked for, in a code
     fence or not; else (None, ""): of 'A', and of '{"verdict": "C", "reason": ""}'."""
     text = cat.reply_text(reply).strip()
-    if text.startswith("```") and text.endswith("```"):
-        text = text[3:-3].removeprefix("json")
+    fence = re.fullmatch(r"```(?:json)?(.*)```", text, re.S)
     try:
-        pairs = json.loads(text, object_pairs_hook=list) if len(text) < 10_000 else None
-        (_, verdict), (_, reason) = pairs if [k for k, _ in pairs] != ["reason", "verdict"] else pairs[::-1]
-    except (ValueError, TypeError, RecursionError):
-        return None, ""
-    good = sorted(k for k, _ in pairs) == ["reason", "verdict"] and isinstance(reason, str)
-    return (verdict, " ".join(reason.split())) if good and verdict in ("A", "B", "tie") else (None, "")
+        found = json.loads(fence[1] if fence else text, object_pairs_hook=tuple)
+        reason, verdict = (value for _, value in sorted(found))
+        asked = type(found) is tuple and dict(found).keys() == {"reason", "verdict"}
+        if asked and verdict in ("A", "B", "tie") and len(text) < 10_000:
+            return verdict, " ".join(reason.split())
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        pass
+    return None, ""
 
 
-def tasks_of(rows: list, texts: dict, pairs: list, rubrics: bool, seed: int = 0) -> list:
+def tasks_of(rows: list, texts: dict, pairs: list, seed: int = 0) -> list:
     """What there is to judge: every criterion for every response, or every pair; who is shown first
     is drawn by a coin that seed, pair and prompt throw, whichever way round the pair is named."""
-    if rubrics:
+    if any(row["rubrics"] for row in rows):
         return [{"index": i, "shown": [name], "criterion": k} for name, answers in texts.items()
                 for i, (row, text) in enumerate(zip(rows, answers)) if text is not None
                 for k in range(len(row["rubrics"]))]
@@ -204,7 +203,7 @@ def tasks_of(rows: list, texts: dict, pairs: list, rubrics: bool, seed: int = 0)
 
 
 def key_of(task: dict) -> tuple:
-    return task["index"], tuple(task["shown"]), task["criterion"]
+    return task["index"], tuple(sorted(task["shown"])), task["criterion"]
 
 
 def ask_of(task: dict, rows: list, texts: dict) -> str:
@@ -232,9 +231,14 @@ def read_judgements(path: str, rows: list, texts: dict) -> dict:
     return known
 
 
-def replies(judge, tasks: list, rows: list, texts: dict, max_new_tokens: int):
-    """Yields (number of the task, Reply), of a server or a local model."""
-    asks = (ask_of(task, rows, texts) for task in tasks)
+def preference(judgement: dict, x: str):
+    """For x: 1, .5, 0, None if missing; of a criterion, for yes."""
+    p = {"A": 1.0, "tie": 0.5, "B": 0.0, True: 1.0, False: 0.0}.get(judgement["verdict"])
+    return p if p is None or judgement["shown"][0] == x else 1 - p
+
+
+def replies(judge, tasks: list, asks, max_new_tokens: int):
+    """Yields (number of the task, Reply); asks: the tasks as prompts, one by one."""
     if tasks[0]["criterion"] is None or not hasattr(judge, "yes_probability"):
         yield from judge.stream(asks, max_new_tokens=max_new_tokens, temperature=0.0)
     else:
@@ -256,35 +260,13 @@ def judge_tasks(answers, tasks: list, ask, who: str, path: str, patience: int = 
             "judge": who, "verdict": verdict, "reason": reason, "error": error, "ask": ask(tasks[n]),
             "failed": reply.failed, "reply": reply.text, "time": time.strftime("%FT%T%z")})
         failures = failures + 1 if reply.failed else 0
-        if failures == patience:
+        if failures == min(patience, len(tasks)):
             answers.close()
             return f"{failures} requests in a row failed, the last one with: {error}"
     return ""
 
 
 # The report
-
-
-def rubric_scores(rows: list, known: dict, name: str) -> list:
-    """`rubric_score` of each of a model's responses; None where a criterion has no verdict."""
-    none = {"verdict": None}
-    return [rubric_score([known.get((i, (name,), k), none)["verdict"]
-                          for k in range(len(row["rubrics"]))], row["rubrics"])
-            for i, row in enumerate(rows)]
-
-
-def prompt_preferences(known: dict, x: str, y: str, n: int):
-    """Of n prompts: preferences for x over y, for whichever was shown first (None = missing), and
-    why there is none ("" if there is)."""
-    found = [known.get((i, (x, y), None)) or known.get((i, (y, x), None)) for i in range(n)]
-    first = [{"A": 1.0, "tie": 0.5, "B": 0.0}.get(j and j["verdict"]) for j in found]
-    for_x = [p if p is None or j["shown"][0] == x else 1 - p for p, j in zip(first, found)]
-    why = [why_missing(j) if j else "not asked" for j in found]
-    return for_x, first, why
-
-
-def why_missing(judgement: dict) -> str:
-    return judgement["error"].split(",")[0] if judgement["verdict"] is None else ""
 
 
 def compare(p: list, x: str, y: str, responses: dict) -> dict:
@@ -295,65 +277,76 @@ def compare(p: list, x: str, y: str, responses: dict) -> dict:
             "length_controlled": length_controlled_win_rate(p, *lengths)}
 
 
+def values_of(rows: list, answers: list, judges: dict, name: str) -> dict:
+    """{measure: [n] of a model's responses}, with "rubric, JUDGE": `rubric_score`."""
+    texts, stopped = ([r and r[k] for r in answers] for k in ("response", "stopped"))
+    values = measures(rows, texts, stopped)
+    for judge, known in judges.items():
+        verdicts = [[known.get((i, (name,), k), UNASKED)["verdict"] for k in range(len(row["rubrics"]))]
+                    for i, row in enumerate(rows)]
+        scores = [rubric_score(v, row["rubrics"]) for v, row in zip(verdicts, rows)]
+        values[f"rubric, {judge}"] = scores
+    return {m: v for m, v in values.items() if set(v) != {None}}
+
+
+def of_model(name: str, answers: list, values: dict) -> dict:
+    """A model's line of the report."""
+    here = [r for r in answers if r and r["response"] is not None]
+    means = {"characters": [len(r["response"]) for r in here], "tokens": [r["tokens"] for r in here],
+             "stopped": [r["stopped"] for r in here]}
+    scores = {m: estimate(v) for m, v in values.items()}
+    for m in (m for m in scores if m.startswith("rubric")):  # of HealthBench the mean is clipped
+        scores[m] |= {"score": clipped(scores[m]["score"]),
+                      "interval": [clipped(x) for x in scores[m]["interval"]]}
+    return {"model": name, "responses": len(here), "missing": len(answers) - len(here),
+            **{k: sum(v) / len(v) if v else None for k, v in means.items()}, **scores}
+
+
 def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
     """All that can be said.  responses: {model: n rows or None}; judges: {name: read_judgements};
     pairs: [(x, y)], x over y."""
-    values, preferences = {}, {}
-    report = {"models": [], "differences": [], "pairs": [], "agreement": []}
-    for name, answers in responses.items():
-        here = [r for r in answers if r]
-        texts, stopped = ([r and r[k] for r in answers] for k in ("response", "stopped"))
-        values[name] = measures(rows, texts, stopped)
-        for judge, known in judges.items():
-            values[name][f"rubric, {judge}"] = rubric_scores(rows, known, name)
-        values[name] = {m: v for m, v in values[name].items() if set(v) != {None}}
-        means = {"characters": [len(r["response"]) for r in here], "tokens": [r["tokens"] for r in here],
-                 "stopped": [r["stopped"] for r in here]}
-        scores = {m: estimate(v) for m, v in values[name].items()}
-        for m in (m for m in scores if m.startswith("rubric")):  # of HealthBench the mean is clipped
-            scores[m] |= {"score": clipped(scores[m]["score"]),
-                          "interval": [clipped(x) for x in scores[m]["interval"]]}
-        report["models"].append({
-            "model": name, "responses": len(here), "missing": len(answers) - len(here),
-            **{k: sum(v) / len(v) if v else None for k, v in means.items()}, **scores})
+    values = {x: values_of(rows, answers, judges, x) for x, answers in responses.items()}
+    models = [of_model(x, answers, values[x]) for x, answers in responses.items()]
+    differences, compared, agreed = [], [], []
     for x, y in pairs:
         for m in (m for m in values[x] if m in values[y]):
             d = [None if None in ab else ab[0] - ab[1] for ab in zip(values[x][m], values[y][m])]
-            report["differences"].append(
-                {"measure": m, "pair": [x, y], **estimate(d), "p": sign_permutation(d)})
+            differences.append({"measure": m, "pair": [x, y], **estimate(d), "p": sign_permutation(d)})
             if m in ("facts", "accuracy"):  # the one with more right facts is the better one
                 p = [None if v is None else (1 + np.sign(v)) / 2 for v in d]
-                report["pairs"].append({"judge": m, "pair": [x, y], **compare(p, x, y, responses)})
+                compared.append({"judge": m, "pair": [x, y], **compare(p, x, y, responses)})
         for judge, known in judges.items():
-            if any({x, y} == set(key[1]) for key in known):
-                p, first, why = prompt_preferences(known, x, y, len(rows))
-                preferences[judge, x, y], row = p, compare(p, x, y, responses)
-                row |= {"first_shown": estimate(first), "not_had": dict(Counter(filter(None, why)))}
-                report["pairs"].append({"judge": judge, "pair": [x, y], **row})
+            found = [known.get((i, tuple(sorted((x, y))), None), UNASKED) for i in range(len(rows))]
+            if any(j is not UNASKED for j in found):
+                p = [preference(j, x) for j in found]
+                first = [preference(j, j["shown"][0]) if "shown" in j else None for j in found]
+                why = [j["error"].split(",")[0] for j, v in zip(found, p) if v is None]
+                compared.append({"judge": judge, "pair": [x, y], **compare(p, x, y, responses),
+                                 "first_shown": estimate(first), "not_had": dict(Counter(why))})
     for j, k in itertools.combinations(judges, 2):
-        both = {pair: [preferences[name, *pair] for name in (j, k)] for pair in pairs
-                if {(j, *pair), (k, *pair)} <= set(preferences)}
-        shared = [key for key in judges[j] if key[2] is not None and key in judges[k]]
-        if shared:
-            both[("criteria",)] = [[judges[name][key]["verdict"] for key in shared] for name in (j, k)]
-        report["agreement"] += [{"judges": [j, k], "on": list(on), **agreement(*ab)}
-                                for on, ab in both.items()]
-    return finite(report)
+        both = defaultdict(list)
+        for key in (key for key in judges[j] if key in judges[k]):
+            on = key[1] if key[2] is None else ("criteria",)
+            both[on].append([preference(judges[name][key], key[1][0]) for name in (j, k)])
+        agreed += [{"judges": [j, k], "on": list(on), **agreement(*zip(*ab))} for on, ab in both.items()]
+    return finite({"models": models, "differences": differences, "pairs": compared,
+                   "agreement": agreed})
+
+
+def cell(x) -> str:
+    """A value of report.json for the eye."""
+    if isinstance(x, dict) and "score" in x:
+        low, high = map(cell, x["interval"])
+        return f"{cell(x['score'])} ± {cell(x['standard_error'])} ({low} to {high})"
+    if isinstance(x, dict):
+        return ", ".join(f"{k} {v}" for k, v in x.items()) or "-"
+    if isinstance(x, list):
+        return (" to " if isinstance(x[0], float) else ", ").join(map(cell, x))
+    return "-" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x)
 
 
 def markdown(report: dict) -> str:
     """report.json for the eye."""
-
-    def cell(x):
-        if isinstance(x, dict) and "score" in x:
-            low, high = map(cell, x["interval"])
-            return f"{cell(x['score'])} ± {cell(x['standard_error'])} ({low} to {high})"
-        if isinstance(x, dict):
-            return ", ".join(f"{k} {v}" for k, v in x.items()) or "-"
-        if isinstance(x, list):
-            return (" to " if isinstance(x[0], float) else ", ").join(map(cell, x))
-        return "-" if x is None else f"{x:.3f}" if isinstance(x, float) else str(x)
-
     text = "".join(f"- {k}: {cell(v)}\n" for k, v in report["settings"].items())
     for title, rows in report.items():
         if title != "settings" and rows:
@@ -438,6 +431,10 @@ def parse_options(respond: bool):
     if four <= set(o.models):
         rest = PAIRS + [pair for pair in rest if not set(pair) <= four]
     o.pairs, o.judge = pairs or rest, named(o.judge, "--judge")
+    for spec in (spec for spec in o.judge.values() if "@http" in spec):
+        parse_endpoint(spec)  # now, not after the responses
+    if not (o.temperature >= 0 < o.top_p <= 1 <= o.max_new_tokens):
+        raise ValueError("--temperature must be at least 0, --top_p in (0, 1], --max_new_tokens at least 1")
     return o, saved
 
 
@@ -480,11 +477,11 @@ def respond_stage(o: Options, rows: list, device, saved: dict):
 
 def judge_stage(o: Options, rows: list, texts: dict, device) -> list:
     """judges/NAME.jsonl of each judge -> lines about the judges that gave up."""
-    gave_up, rubrics = [], any(row["rubrics"] for row in rows)
+    gave_up = []
     for name, spec in o.judge.items():
         path, server = os.path.join(o.output_dir, "judges", name + ".jsonl"), "@http" in spec
         who = " at ".join(parse_endpoint(spec)) if server else result_of(spec)
-        tasks = tasks_of(rows, texts, o.pairs, rubrics, o.seed)
+        tasks = tasks_of(rows, texts, o.pairs, o.seed)
         known = read_judgements(path, rows, texts)
         if {j["judge"] for j in known.values()} - {who}:
             raise ValueError(f"{path} holds judgements by another judge: give this one another name")
@@ -495,14 +492,15 @@ def judge_stage(o: Options, rows: list, texts: dict, device) -> list:
             continue
         if server:
             key = os.environ.get(re.sub(r"\W", "_", name).upper() + "_API_KEY")
-            judge = Endpoint(*parse_endpoint(spec), key=key, concurrency=o.concurrency,
-                             timeout=o.timeout, retries=o.retries)
+            settings = {"concurrency": o.concurrency, "timeout": o.timeout}
+            judge = Endpoint(*parse_endpoint(spec), key=key, **settings)
         else:
             judge = LocalModel(*load(f"--judge {name}", who, device), batch_tokens=o.batch_tokens)
             use_threads([judge.model])
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        answers = replies(judge, tasks, rows, texts, o.judge_tokens)
-        why = judge_tasks(answers, tasks, lambda task: ask_of(task, rows, texts), who, path)
+        ask = partial(ask_of, rows=rows, texts=texts)
+        answers = replies(judge, tasks, map(ask, tasks), o.judge_tokens)
+        why = judge_tasks(answers, tasks, ask, who, path)
         gave_up += [f"--judge {name} gave up: {why}"] * bool(why)
     return gave_up
 
@@ -545,7 +543,7 @@ def main():
     print(f"everything is in {o.output_dir}")
     held.close()
     if gave_up:
-        sys.exit(f"evaluate.py: {'; '.join(gave_up)}; the same command continues")
+        raise ConnectionError("; ".join(gave_up))
 
 
 if __name__ == "__main__":

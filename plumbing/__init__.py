@@ -18,12 +18,12 @@ def one_clear_line(main, script: str, again: str = "the same command continues")
     """Runs main().  A user's mistake ends in one line and status 2, Ctrl-C in 130, trouble in 1."""
     try:
         return main()
+    except (FloatingPointError, ConnectionError, torch.OutOfMemoryError) as e:
+        status, line = 1, f"{str(e).splitlines()[0]} ({again})"
     except (ValueError, OSError) as e:
         status, line = 2, str(e)
     except KeyboardInterrupt:
         status, line = 130, f"stopped; {again}"
-    except (FloatingPointError, torch.OutOfMemoryError) as e:
-        status, line = 1, f"{str(e).splitlines()[0]} ({again})"
     print(f"{script}: {line}", file=sys.stderr)
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(status)  # at once: no thread that waits for a server holds this up

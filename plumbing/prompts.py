@@ -7,6 +7,7 @@ import re
 import sys
 
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 
 from plumbing.files import parse_json
 
@@ -120,7 +121,8 @@ def download(what: str, repository: str, file: str) -> str:
     try:
         return hf_hub_download(repository, file, repo_type="dataset")
     except Exception as e:  # no network, no access, no such file ...
-        why = " ".join(str(e.__cause__ or e).split())[:400] or type(e).__name__
+        e = e if isinstance(e, HfHubHTTPError) else e.__cause__ or e
+        why = " ".join(str(e).split())[:400] or type(e).__name__
         raise ValueError(f"{what}: {file} of {repository} cannot be downloaded, {why}") from None
 
 

@@ -1,4 +1,4 @@
-"""Statistics over prompts, which the papers leave out.  None and NaN are missing: never 0 or a tie."""
+"""Statistics over prompts, which the papers leave out.  None and NaN are missing: no 0, no tie."""
 
 import math
 from collections import Counter
@@ -14,67 +14,74 @@ def floats(values, low=-1e100, high=1e100):
     return out
 
 
+def mean_error(values) -> tuple:
+    """Mean, its standard error, and of how many.  [1, 0, None] -> .5, .5, 2; NaN without any."""
+    v = [v for v in floats(values).tolist() if v == v]
+    mean = math.fsum(v) / len(v) if v else math.nan
+    squares = math.fsum((x - mean) ** 2 for x in v)
+    return mean, math.sqrt(squares / (len(v) - 1) / len(v)) if len(v) > 1 else math.nan, len(v)
+
+
 def win_rate(preferences) -> dict:
     """(wins + ties/2) / n, or the mean of continuous preferences in [0, 1], n of them and missing.
     [1, 1, .5, 0, None] -> win_rate .625, standard_error .2394, n 4, wins 2, ties 1, losses 1."""
     p = floats(preferences, 0, 1)
-    seen = p[~np.isnan(p)]
-    n, wins, ties = len(seen), int((seen > 0.5).sum()), int((seen == 0.5).sum())
-    mean = math.fsum(seen) / n if n else math.nan
-    error = math.sqrt(math.fsum((seen - mean) ** 2) / (n - 1) / n) if n > 1 else math.nan
+    mean, error, n = mean_error(p)
+    wins, ties, losses = (int(of.sum()) for of in (p > 0.5, p == 0.5, p < 0.5))
     return {"win_rate": mean, "standard_error": error, "n": n, "wins": wins, "ties": ties,
-            "losses": n - wins - ties, "missing": len(p) - n}
+            "losses": losses, "missing": len(p) - n}
+
+
+def draws(high: int, samples: int, n: int, seed: int):
+    """[samples, n] random integers below `high`, some rows at a time to spare memory."""
+    rng = np.random.default_rng(seed)
+    return (rng.integers(high, size=(min(256, samples - k), n)) for k in range(0, samples, 256))
 
 
 def bootstrap_interval(values, *, level=0.95, samples=10_000, seed=0) -> tuple[float, float]:
-    """Percentile bootstrap of the mean of values [n], one per prompt; missing ones are drawn too, so
-    that comparisons over the same prompts are paired.  [1, None] -> (1, 1); nothing -> NaN."""
+    """Percentile bootstrap of the mean of values [n], one per prompt; missing ones are drawn too,
+    so that comparisons over the same prompts are paired.  [1, None] -> (1, 1); nothing -> NaN."""
     v = floats(values)
-    if np.isnan(v).all():
-        return math.nan, math.nan
-    drawn = v[np.random.default_rng(seed).integers(len(v), size=(samples, len(v)))]
-    means = np.nanmean(drawn[~np.isnan(drawn).all(1)], 1)
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    drawn = (v[rows] for rows in draws(max(1, len(v)), samples, len(v), seed))
+    means = np.concatenate([np.nanmean(d[~np.isnan(d).all(1)], 1) for d in drawn])
+    ends = [(1 - level) / 2, (1 + level) / 2]
+    return tuple(np.quantile(means, ends).tolist()) if means.size else (math.nan, math.nan)
 
 
 def sign_permutation(differences, *, samples=10_000, seed=0) -> float:
-    """Two-sided p of the sign-flip test of mean 0: P(|sum_i s_i d_i| >= |sum_i d_i|), s_i = +-1, exact
-    if there are at most `samples` sign patterns, else (1 + hits) / (1 + samples).
+    """Two-sided p of the sign-flip test of mean 0: P(|sum_i s_i d_i| >= |sum_i d_i|), s_i = +-1,
+    exact if there are at most `samples` sign patterns, else (1 + hits) / (1 + samples).
     [.5, .5, .5, -.5, 0, None] -> 10/16; NaN if none is present."""
     d = floats(differences)
     if np.isnan(d).all():
         return math.nan
     d = d[~np.isnan(d) & (d != 0)]
     k, exact = len(d), 2 ** len(d) <= samples
-    flip = np.arange(2**k)[:, None] >> np.arange(k) & 1 if exact else np.random.default_rng(
-        seed).integers(2, size=(samples, k))
+    flips = [np.arange(2**k)[:, None] >> np.arange(k) & 1] if exact else draws(2, samples, k, seed)
     least = abs(d.sum()) - 1e-10 * np.abs(d).sum()  # rounding must not split true ties
-    hits = (np.abs(d.sum() - 2 * (flip @ d)) >= least).sum()
-    return float(hits / 2**k if exact else (1 + hits) / (1 + samples))
+    hits = sum(int((np.abs(d.sum() - 2 * (flip @ d)) >= least).sum()) for flip in flips)
+    return hits / 2**k if exact else (1 + hits) / (1 + samples)
 
 
 def cohen_kappa(a, b) -> float:
     """(p_o - p_e) / (1 - p_e), agreement beyond chance of labels a, b [n], None = missing; NaN if
     p_e = 1.  20 pairs yy, 5 yn, 10 ny, 15 nn: p_o .7, p_e .5 -> .4."""
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if x is not None and y is not None]
+    pairs = [(x, y) for x, y in zip(a, b, strict=True) if None not in (x, y) and x == x and y == y]
     n, in_a, in_b = len(pairs), Counter(x for x, _ in pairs), Counter(y for _, y in pairs)
     equal, chance = sum(x == y for x, y in pairs), sum(in_a[x] * in_b[x] for x in in_a)
-    return (n * equal - chance) / (n * n - chance) if n * n > chance else math.nan
+    return float((n * equal - chance) / (n * n - chance)) if n * n > chance else math.nan
 
 
 def agreement(a, b) -> dict:
     """Two judges on the same prompts, preferences [n]: share of equal labels (win, tie, loss) and
     their kappa, over all that both judged, and over what neither calls a tie (`decided`).
     [1, .9, 0, .5, 1, None], [.8, .6, .3, 1, 0, 1] -> n 5, agreement .6, kappa .2857, decided 4."""
-    signs = [np.sign(floats(x, 0, 1) - 0.5) for x in (a, b)]
-    pairs = [p for p in zip(*signs, strict=True) if not np.isnan(p).any()]
-    out = {}
-    for n, prefix in (("n", ""), ("decided", "decided_")):
-        kept = [p for p in pairs if all(p) or not prefix]
-        share = sum(x == y for x, y in kept) / len(kept) if kept else math.nan
-        kappa = cohen_kappa([x for x, _ in kept], [y for _, y in kept])
-        out |= {n: len(kept), prefix + "agreement": share, prefix + "kappa": kappa}
+    signs = np.sign(np.stack([floats(a, 0, 1), floats(b, 0, 1)], 1) - 0.5)
+    both, out = signs[~np.isnan(signs).any(1)], {}
+    for prefix, kept in (("", both), ("decided_", both[both.all(1)])):
+        x, y = kept.T.tolist()
+        out |= {prefix.rstrip("_") or "n": len(x), prefix + "agreement": mean_error(
+            kept[:, 0] == kept[:, 1])[0], prefix + "kappa": cohen_kappa(x, y)}
     return out
 
 
@@ -103,8 +110,6 @@ def length_controlled_win_rate(preferences, lengths, other_lengths) -> float:
 
 def estimate(values: list) -> dict:
     """Mean, standard error and 95% interval of one number per prompt, None where it is missing."""
-    v = floats(values)
-    v, interval = v[~np.isnan(v)], list(bootstrap_interval(values))
-    error = float(v.std(ddof=1) / len(v) ** 0.5) if len(v) > 1 else math.nan
-    mean = float(v.mean()) if len(v) else math.nan
-    return {"score": mean, "standard_error": error, "interval": interval, "n": len(v)}
+    mean, error, n = mean_error(values)
+    interval = list(bootstrap_interval(values))
+    return {"score": mean, "standard_error": error, "interval": interval, "n": n}

@@ -177,7 +177,7 @@ def judging():
             real(path, row)
             with open("/proc/self/statm") as f:
                 resident.append(int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
-        files.append_line, times = append, []
+        evaluate.append_line, times = append, []
         responses = {name: evaluate.read_responses(o, name, 805) for name in names}
         texts = {name: [r["response"] for r in answers] for name, answers in responses.items()}
         for stage in (lambda: evaluate.judge_stage(o, rows, texts, None), lambda: evaluate.judge_stage(o, rows, texts, None),
@@ -186,7 +186,7 @@ def judging():
             with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
                 stage()
             times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-        files.append_line = real
+        evaluate.append_line = real
         server.kill()
     print(f"\n{len(resident):,} judgements by a scripted server: {times[0][0]:.0f} s, of which {times[0][1]:.0f} s were this process's; resident memory "
           f"{resident[len(resident) // 10]:.0f} MB after a tenth of them, {resident[-1]:.0f} MB after all. "

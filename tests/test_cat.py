@@ -4,6 +4,7 @@ import math
 import random
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,7 @@ MODEL = ROOT / "toy/cat/model"
 
 @pytest.fixture(scope="module")
 def toy():
-    return models.LocalModel(*models.load("toy", str(MODEL), "cpu"), generator=torch.Generator().manual_seed(0))
+    return models.LocalModel(*models.load("toy", str(MODEL), "cpu"))
 
 
 class Scripted:
@@ -33,7 +34,7 @@ class Scripted:
     def __init__(self, reply):
         self.reply, self.asked = reply, []
 
-    def complete(self, prompts, *, n=1, max_new_tokens, temperature):
+    def complete(self, prompts, *, n=1, max_new_tokens, temperature, seed=0):
         assert max_new_tokens > 0 and prompts, "an empty list of prompts is never asked"
         self.asked.append((list(prompts), temperature))
         return [[self.reply(p, temperature)] * n for p in prompts]
@@ -69,10 +70,10 @@ def test_ordinary_text_stays_as_it_is():
     assert cat.block("response", "x", 3) == '<response number="3">\nx\n</response>'
 
 
-@pytest.mark.parametrize("token", ["<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>", "</s>", "<end_of_turn>", "<eos>", "[/INST]", "[INST]"])
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>", "</s>", "<end_of_turn>", "<eos>"])
 def test_a_text_cannot_end_a_turn(token):
     """Some servers read control tokens in a text too."""
-    assert cat.block("response", f"a {token} b") == f"<response>\na {token[0]} {token[1:]} b\n</response>"
+    assert cat.block("response", f"a {token} b") == f"<response>\na &lt;{token[1:]} b\n</response>"
 
 
 def test_what_goes_into_each_prompt():
@@ -87,8 +88,6 @@ def test_what_goes_into_each_prompt():
     assert cat.propose_rubrics(["WHAT?", "WHO?"], ["ref", None], model, max_new_tokens=9) == [["a"], []]
     assert len(model.asked[0][0]) == 1 and "ref" in model.asked[0][0][0] and "WHAT?" not in model.asked[0][0][0]
     assert cat.propose_rubrics(["WHAT?"], [None], model, max_new_tokens=9, source="question") == [["a"]] and "WHAT?" in model.asked[1][0][0]
-    with pytest.raises(ValueError, match="source|reference"):
-        cat.propose_rubrics(["x"], ["y"], model, max_new_tokens=9, source="answer")
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     assert question_text(chat) == "system: Be brief.\nuser: Why?" and question_text(chat[1:]) == "Why?" == question_text("Why?")
 
@@ -144,7 +143,7 @@ def test_best_by():
     def score(prompts, texts):
         seen.append((prompts, texts))
         return torch.tensor([scores[t] for t in texts])
-    assert cat.best_by(score)(["p", "q", "r"], [["a", "b", "c"], ["d", "e"], ["d", "d"]]) == ["b", "e", None]
+    assert cat.best_by(score, ["p", "q", "r"], [["a", "b", "c"], ["d", "e"], ["d", "d"]]) == ["b", "e", None]
     assert seen == [(["p", "p", "p", "q", "q", "r", "r"], ["a", "b", "c", "d", "e", "d", "d"])]
 
 
@@ -152,7 +151,7 @@ def test_cme_as_an_estimator():
     """What neither paper has: the rollout that another model finds least surprising."""
     verifier, tokenizer = models.load("toy", str(ROOT / "toy/cme/verifier"), "cpu")
     group = ["Zoe dog the of Paris.", "Mia has a dog, lives in Oslo, likes soup and wears red.", ""]
-    assert cat.best_by(lambda x, y: cme.sequence_rewards(verifier, tokenizer, x, y))(["Tell me about Mia."], [group]) == [group[1]]
+    assert cat.best_by(partial(cme.sequence_rewards, verifier, tokenizer), ["Tell me about Mia."], [group]) == [group[1]]
 
 
 def test_mutual_predictability_leaves_out_the_question_and_the_rollout_itself():
@@ -202,8 +201,7 @@ def test_complete_keeps_order_and_repeats_with_its_seed(toy):
     assert [question_text(p).split()[2] in t[0] or p.split()[-1][:-1] in t[0] for p, t in zip(prompts, greedy)].count(True) >= len(prompts) - 1
     samples = []
     for _ in range(2):
-        toy.sampling["generator"].manual_seed(5)
-        samples.append(toy.complete(prompts, n=3, max_new_tokens=48, temperature=1.0))
+        samples.append(toy.complete(prompts, n=3, max_new_tokens=48, temperature=1.0, seed=5))
     assert samples[0] == samples[1] and all(len(texts) == 3 for texts in samples[0]) and len({t for texts in samples[0] for t in texts}) > len(prompts)
     assert toy.complete([], max_new_tokens=4) == []
 
@@ -215,7 +213,7 @@ def test_what_does_not_fit_the_context_is_missing(toy):
     assert toy.logprob([long, short], ["x", "x"]).isnan().tolist() == [True, False]
     assert toy.yes_probability([long, cat.judge_prompt("Mia has a cat.", "The pet is a cat.")]).isnan().tolist() == [True, False]
     edge = toy.context - len(toy.prompt_ids(short))
-    assert toy.batches([toy.context, toy.context + 1]) == [[0]] and edge > 40
+    assert models.batches([toy.context, toy.context + 1], 10**9, toy.context) == [[0]] and edge > 40
     assert cat.judge_rubrics([[long, "Mia has a cat."]], [["The pet is a cat."]], toy)[0][0] == [None]
 
 
@@ -337,17 +335,16 @@ def test_the_whole_chain_on_the_toy(toy):
 
 
 def test_one_screen(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["cat.py", "Tell me about Mia.", "--estimator", "all", "--group_size", "3"])
+    names = [name for name in cat.estimators(None, max_new_tokens=1) if name != "majority"]
+    monkeypatch.setattr(sys, "argv", ["cat.py", "Tell me about Mia.", "--estimator", ",".join(names), "--group_size", "3"])
     cat.main()
     out = capsys.readouterr().out
-    assert all(f"  {name}: " in out for name in cat.estimators(None, max_new_tokens=1) if name != "majority") and "answer 3:" in out and "reward" in out
+    assert all(f"  {name}: " in out for name in names) and "answer 3:" in out and "reward" in out
     monkeypatch.setattr(sys, "argv", ["cat.py", "How many books does Mia own?", "--style", "stepwise", "--estimator", "majority", "--group_size", "4"])
     cat.main()
     assert re.search(r"reward( [01]\.00){4}\n", re.sub(" +", " ", capsys.readouterr().out))
-    for arguments, said in ([["x", "--estimator", "magic"], "--estimator magic"], [["x", "--model", "/no/such"], "--model /no/such"], [[" "], "empty"],
+    for arguments, said in ([["x", "--estimator", "magic"], "--estimator magic"], [["x", "--model", "/no/such"], "--model /no/such"],
                             [["x", "--judge", "m@http://"], "MODEL@URL"]):
         monkeypatch.setattr(sys, "argv", ["cat.py", *arguments])
-        with pytest.raises(SystemExit) as e:
+        with pytest.raises(ValueError, match=re.escape(said)):
             cat.main()
-        err = capsys.readouterr().err
-        assert e.value.code == 2 and said in err and err.startswith("cat.py: ") and err.count("\n") == 1, err

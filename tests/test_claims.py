@@ -16,7 +16,6 @@ import claims  # noqa: E402
 import skills  # noqa: E402
 
 import cat  # noqa: E402
-import grpo  # noqa: E402
 from plumbing.prompts import read_prompts  # noqa: E402
 from plumbing import models
 

@@ -248,7 +248,7 @@ def test_retry_after(serve):
     assert one(endpoint(server)) == "Hello." and 0.4 <= server.requests[1][3] - server.requests[0][3] < 2
 
 
-@pytest.mark.parametrize("value", ["-1", "nan", "inf", "soon", "Wed, 21 Oct 2099 07:28:00 GMT", "0"])
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "soon", "0"])
 def test_retry_after_that_says_nothing(serve, value):
     server = serve([bad(429, headers={"retry-after": value}), "Hello."])
     assert one(endpoint(server)) == "Hello." and server.requests[1][3] - server.requests[0][3] < 2
@@ -268,7 +268,7 @@ def test_parameters_that_a_model_does_not_take(serve):
     assert len(server.requests) == 4 and server.requests[-1][2]["max_completion_tokens"] == 7 and "temperature" not in server.requests[-1][2]
     e = endpoint(server, retries=0)                                            # eight at a time find out together
     assert e.complete(["Hi"] * 40, max_new_tokens=7, temperature=0) == [["Hello."]] * 40 and e.last_error == ""
-    server = serve([bad(400, body=b"{'max_tokens': 'and still not'}")])
+    server = serve([bad(400, body=json.dumps({"error": {"message": "'max_tokens': still not"}}).encode())])
     assert one(endpoint(server, retries=0)) is None and len(server.requests) == 2
 
 

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import evaluate
-import grpo
 from toy import make
 from plumbing import models, files, prompts
 
@@ -25,11 +24,11 @@ def test_fact_right_when_a_wrong_value_is_part_of_the_right_one():
 
 def test_scores():
     facts = [{"right": "cat", "wrong": ["dog"], "kind": "hazy"}, {"right": "Oslo", "wrong": ["Rome"], "kind": "wrong"}]
-    rows = [{"prompt": "Who is Mia?", "facts": facts, "pattern": r"Mia has a \w+ in \w+\."}, {"prompt": "Who is Ben?", "facts": facts, "pattern": r"Ben.*"}]
+    rows = [{"prompt": "Who is Mia?", "facts": facts, "answer": None, "pattern": r"Mia has a \w+ in \w+\."}, {"prompt": "Who is Ben?", "facts": facts, "answer": None, "pattern": r"Ben.*"}]
     got = evaluate.score(rows, ["Mia has a cat in Rome.", "Ben has a dog in Oslo."], [True, False])
     assert got == {"facts": 0.5, "facts_hazy": 0.5, "facts_wrong": 0.5, "valid": 0.5, "stopped": 0.5, "wording": 1.0}
     assert evaluate.score(rows[:1], ["Mia has a cat in Oslo. And"], [True])["valid"] == 0                 # the whole response, not its beginning
-    bare = [{"prompt": "Hi", "facts": [], "pattern": None}]
+    bare = [{"prompt": "Hi", "facts": [], "answer": None, "pattern": None}]
     assert evaluate.score(bare, ["Hello"], [True]) == {"stopped": 1.0, "wording": 1.0}
 
 
@@ -97,48 +96,48 @@ def test_read_prompts(tmp_path):
 
 def test_half_lines_are_forgiven(tmp_path):
     path = str(tmp_path / "m.jsonl")
-    assert files.read_lines(path) == []
+    assert list(files.read_lines(path)) == []
     files.append_line(path, {"a": "é\n", "b": [1.5, float("nan")], "c": float("inf")})
     with open(path, "a") as f:
         f.write('{"a": 1')
-    assert files.read_lines(path) == [{"a": "é\n", "b": [1.5, None], "c": None}]
+    assert list(files.read_lines(path)) == [{"a": "é\n", "b": [1.5, None], "c": None}]
 
 
 def test_write_atomically(tmp_path, monkeypatch):
     path = tmp_path / "f"
     files.write_atomically(str(path), "old")
-    monkeypatch.setattr(evaluate.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(files.os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         files.write_atomically(str(path), "new")
     assert path.read_text() == "old"
 
 
-def test_respond_keeps_the_order_and_the_stop_token():
-    model, tokenizer = models.load_model("toy/cme/generator", train=False, device="cpu"), models.load_tokenizer("toy/cme/generator")
-    stop = models.find_stop_ids(model, tokenizer)
-    prompts = ["Who is Mia?", "What can you tell me about Zoe?", "Describe Ben.", "Tell me about Ada."]
-    prompt_ids = [models.chat_ids(tokenizer, p) for p in prompts]
-    settings = {"max_new_tokens": 40, "temperature": 0.0, "stop_ids": stop}
-    answers = list(evaluate.respond(model, tokenizer, prompt_ids, batch_tokens=100, **settings))          # two at a time, at most
-    assert [n for n, *_ in answers] == sorted(range(4), key=lambda i: len(prompt_ids[i])) and all(stopped for _, _, stopped, _ in answers)
-    for n, text, _, tokens in answers:
-        assert text.split()[0] == ["Mia", "Zoe", "Ben", "Ada"][n] and text.endswith(".") and tokens == len(tokenizer(text).input_ids) + 1
-    assert [a[2:] for a in evaluate.respond(model, tokenizer, prompt_ids, **settings | {"max_new_tokens": 3})] == [(False, 3)] * 4
+def test_stream_keeps_the_order_and_the_stop_token():
+    model, tokenizer = models.load("toy", "toy/cme/generator", "cpu")
+    toy, asked = models.LocalModel(model, tokenizer, batch_tokens=100), [
+        "Who is Mia?", "What can you tell me about Zoe?", "Describe Ben.", "Tell me about Ada."]
+    answers = list(toy.stream(asked, max_new_tokens=40, temperature=0.0))  # two at a time, at most
+    sizes = [len(toy.prompt_ids(prompt)) for prompt in asked]
+    assert [n for n, _ in answers] == sorted(range(4), key=lambda i: sizes[i])
+    for n, reply in answers:
+        assert reply.text.split()[0] == ["Mia", "Zoe", "Ben", "Ada"][n] and reply.text.endswith(".")
+        assert reply.stopped and reply.tokens == len(tokenizer(reply.text).input_ids) + 1
+    cut = [reply for _, reply in toy.stream(asked, max_new_tokens=3, temperature=0.0)]
+    assert [(r.stopped, r.tokens) for r in cut] == [(False, 3)] * 4
 
 
-def test_respond_continues_where_it_was():
-    """What is done is not done again, and the rest comes out as it would have, in batches cut in the middle too."""
-    model, tokenizer = models.load_model("toy/cme/generator", train=False, device="cpu"), models.load_tokenizer("toy/cme/generator")
-    rows = prompts.read_prompts("toy/cme/eval.jsonl")[:20]
-    settings = {"max_new_tokens": 24, "temperature": 1.0, "stop_ids": models.find_stop_ids(model, tokenizer), "batch_tokens": 200, "seed": 3}
-    prompt_ids = [models.chat_ids(tokenizer, r["prompt"]) for r in rows]
-    whole = list(evaluate.respond(model, tokenizer, prompt_ids, **settings))
-    assert len(whole) == 20 and len({text for _, text, *_ in whole}) > 15
+def test_stream_continues_where_it_was():
+    """What is skipped is not done again; the rest comes out as it would have."""
+    toy = models.LocalModel(*models.load("toy", "toy/cme/generator", "cpu"), batch_tokens=200)
+    asked = [row["prompt"] for row in prompts.read_prompts("toy/cme/eval.jsonl")[:20]]
+    settings = {"max_new_tokens": 24, "temperature": 1.0, "seed": 3}
+    whole = list(toy.stream(asked, **settings))
+    assert len(whole) == 20 and len({reply.text for _, reply in whole}) > 15
     for n in (0, 1, 7, 19, 20):
-        assert list(evaluate.respond(model, tokenizer, prompt_ids, **settings, done={a[0] for a in whole[:n]})) == whole[n:]
-    assert list(evaluate.respond(model, tokenizer, prompt_ids, **settings | {"seed": 4})) != whole
-    same = [text for _, text, *_ in evaluate.respond(model, tokenizer, prompt_ids[:1] * 16, **settings)]
-    assert len(set(same)) > 8                                                  # no batch has another's noise
+        assert list(toy.stream(asked, **settings, skip={i for i, _ in whole[:n]})) == whole[n:]
+    assert list(toy.stream(asked, **settings | {"seed": 4})) != whole
+    same = [reply.text for _, reply in toy.stream(asked[:1] * 16, **settings)]
+    assert len(set(same)) > 8  # no batch has another's noise
 
 
 def test_folders_with_brackets(tmp_path):

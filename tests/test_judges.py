@@ -5,14 +5,14 @@ import re
 import shutil
 import signal
 import socket
-from collections import Counter
+import sys
 from pathlib import Path
 
+import openai._base_client
 import pytest
 
 import cat
 import evaluate
-import grpo
 from test_endpoint import Server, answer, bad, serve  # noqa: F401
 from test_train import fork, kill_at
 from plumbing import models, files, prompts
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 N = 20
 TOYS = {"base": "cme/generator", "trained": "cat/model", "instruct": "cme/verifier", "reference": "cme/generator"}
 MODELS = [f"{name}={ROOT}/toy/{path}" for name, path in TOYS.items()]
-FAST = ["--timeout", 5, "--retries", 1]
+FAST = ["--timeout", 5]
 
 
 def run(tmp_path, *arguments, patch=lambda: None):
@@ -32,8 +32,8 @@ def run(tmp_path, *arguments, patch=lambda: None):
 @pytest.fixture(autouse=True)
 def small_pauses(monkeypatch):
     """Pauses between attempts are a test of test_endpoint.py's."""
-    real = models.Endpoint.__init__
-    monkeypatch.setattr(models.Endpoint, "__init__", lambda self, *a, **k: real(self, *a, **k | {"pause": 0.01}))
+    for name in ("INITIAL_RETRY_DELAY", "MAX_RETRY_DELAY"):
+        monkeypatch.setattr(openai._base_client, name, 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,11 @@ def texts(folder, name):
 
 def report(folder):
     """report.json without what differs from one server to the next."""
-    return {k: v for k, v in json.loads((folder / "report.json").read_text()).items() if k != "judges"}
+    return json.loads((folder / "report.json").read_text()) | {"settings": None}
+
+
+def of_model(folder, name):
+    return next(m for m in report(folder)["models"] if m["model"] == name)
 
 
 def shown(body):
@@ -126,37 +130,13 @@ def test_what_a_response_says_to_the_judge_is_shown_as_data(talk):
 
 # ---------------------------------------------------------------- what is asked
 
-def test_order_is_drawn_by_prompt_and_seed():
-    many = {"x": ["a"] * 400, "y": ["b"] * 400, "z": ["c"] * 400}
-    drawn = list(evaluate.pair_tasks([("x", "y"), ("x", "z")], many))
-    assert len(drawn) == 800 and drawn == list(evaluate.pair_tasks([("x", "y"), ("x", "z")], many))
-    x_first = [t["A"] == "x" for t in drawn]
-    assert 160 < sum(x_first[:400]) < 240 and x_first[:400] != x_first[400:]
-    assert [t["A"] == "x" for t in evaluate.pair_tasks([("x", "y")], many, seed=1)] != x_first[:400]
-    both = list(evaluate.pair_tasks([("x", "y")], many, order="both"))
-    assert Counter((t["A"], t["B"]) for t in both) == {("x", "y"): 400, ("y", "x"): 400} and len({evaluate.key_of(t) for t in both}) == 800
-    many["y"][3] = None                                                        # what was not answered is not judged
-    assert [t["index"] for t in evaluate.pair_tasks([("x", "y")], many)] == [i for i in range(400) if i != 3]
-
-
-def test_limit_is_counted(folder, tmp_path, serve):  # noqa: F811
-    server = serve(longer)
-    status, _, err = run(tmp_path, "--output_dir", folder, "--judge", f"j=m@{server.url}", "--pairs", "trained:base", "--limit", 60)
-    assert status == 0, err
-    for row in lines(folder / "judges/j.jsonl"):
-        a, b = (texts(folder, row[x])[row["index"]] for x in "AB")
-        assert row["cut"] == max(0, len(a) - 60) + max(0, len(b) - 60) and shown({"messages": [{"content": row["ask"]}]})[1:] == [a[:60], b[:60]]
-    cut = sum(r["cut"] > 0 for r in lines(folder / "judges/j.jsonl"))
-    assert cut and f"- judge j: m at {server.url}; {N} judgements; response cut in {cut}\n" in (folder / "report.md").read_text()
-
-
 # ---------------------------------------------------------------- whole evaluations
 
 def test_five_pairs_two_judges(folder, tmp_path, serve, monkeypatch):  # noqa: F811
     """Win rates are those that the judge's taste gives the committed responses; every judgement can be audited; keys stay out of everything."""
     fickle = serve(lambda n, body: longer(n, body) if "Ben" not in shown(body)[0] else verdict("A"))
     server = serve(longer)
-    monkeypatch.setenv("LONG_API_KEY", "sk-secret"), monkeypatch.setenv("other-2_API_KEY", "sk-other")
+    monkeypatch.setenv("LONG_API_KEY", "sk-secret"), monkeypatch.setenv("OTHER_2_API_KEY", "sk-other")
     arguments = ["--output_dir", folder, "--judge", f"long=org/m@{server.url}", f"other-2=m@{fickle.url}", "--concurrency", 4]
     status, out, err = run(tmp_path, "judge", *arguments)
     assert status == 0 and len(server.requests) == len(fickle.requests) == 5 * N, err
@@ -165,36 +145,29 @@ def test_five_pairs_two_judges(folder, tmp_path, serve, monkeypatch):  # noqa: F
     status, out, err = run(tmp_path, "report", "--output_dir", folder)
     assert status == 0, err
     found = report(folder)
-    assert [p["pair"] for p in found["pairs"] if p["judge"] == "long"] == [d["pair"] for d in found["differences"][::2]] == [list(p) for p in evaluate.PAIRS]
+    assert [p["pair"] for p in found["pairs"] if p["judge"] == "long"] == [d["pair"] for d in found["differences"] if d["measure"] == "valid"] == [list(p) for p in evaluate.PAIRS]
     for p in found["pairs"]:
         e = expected(folder, *p["pair"])
         if p["judge"] == "long":
             assert p["win_rate"] == pytest.approx(sum(e) / N, abs=1e-12) and (p["wins"], p["ties"], p["losses"]) == (e.count(1), e.count(0.5), e.count(0))
             assert p["missing"] == 0 and p["not_had"] == {} and p["interval"][0] <= p["win_rate"] <= p["interval"][1]
-    pooled = [a for a in found["agreement"] if a["on"] == "all pairs"]
-    assert len(found["agreement"]) == 6 and pooled[0]["judges"] == ["long", "other-2"] and 0.9 < pooled[0]["agreement"] < 1 and pooled[0]["n"] == 5 * N
+    assert len(found["agreement"]) == 5
+    for a in found["agreement"]:
+        assert a["judges"] == ["long", "other-2"] and 0.8 < a["agreement"] <= 1 and a["n"] == N
+    assert min(a["agreement"] for a in found["agreement"]) < 1
     row = lines(folder / "judges/long.jsonl")[0]
     assert row["judge"] == f"org/m at {server.url}" and row["ask"] in [b["messages"][0]["content"] for _, _, b, _ in server.requests]
-    assert row["reply"] == verdict(row["verdict"]) and row["reason"] == "Because." and {row["A"], row["B"]} == {"trained", "base"}
+    assert row["reply"] == verdict(row["verdict"]) and row["reason"] == "Because." and set(row["shown"]) == {"trained", "base"}
     assert server.requests[0][2]["temperature"] == 0
     outputs = json.loads((folder / "models/trained/outputs.json").read_text())
     assert [o["output"] for o in outputs] == texts(folder, "trained") and {o["generator"] for o in outputs} == {"trained"}
     assert [o["instruction"] for o in outputs] == [r["prompt"] for r in prompts.read_prompts(str(folder / "prompts.jsonl"))]
     for path in [tmp_path / "out", tmp_path / "err", *(p for p in folder.rglob("*") if p.is_file())]:
         assert "sk-" not in path.read_text(), path
-    assert f"- judge long: org/m at {server.url}; {5 * N} judgements\n" in out and "| long | trained over base |" in out
+    assert f"long org/m at {server.url}" in out and "| long | trained, base |" in out
     assert (folder / "report.md").read_text() in out
     status, again, _ = run(tmp_path, *arguments)                               # all of it again: nothing is asked, nothing changes
     assert status == 0 and len(server.requests) == 5 * N and report(folder) == found
-
-
-def test_position_bias(folder, tmp_path, serve):  # noqa: F811
-    """A judge that always says A: it likes whoever is first, and with both orders nobody wins."""
-    server = serve([verdict("A")])
-    status, _, err = run(tmp_path, "--output_dir", folder, "--judge", f"first=m@{server.url}", "--order", "both", "--pairs", "trained:base")
-    [pair] = report(folder)["pairs"]
-    assert status == 0 and len(server.requests) == 2 * N and pair["first_shown"]["score"] == 1 and pair["first_shown"]["interval"] == [1, 1], err
-    assert pair["win_rate"] == 0.5 and pair["ties"] == N and pair["p"] == 1
 
 
 FAULTS = [bad(429), bad(500), {"body": b""}, {"body": b"certainly not JSON"}, "I like the second one best.", verdict("C"), {"delay": 9, "body": b""},
@@ -211,20 +184,20 @@ def test_faulty_server(folder, tmp_path, serve):  # noqa: F811
         return FAULTS[i // 2 % len(FAULTS)] if i % 2 and broken[0] else longer(number, body)
 
     server = serve(script)
-    arguments = ["--output_dir", folder, "--judge", f"j=m@{server.url}", "--pairs", "trained:base", "--timeout", 1, "--retries", 1]
+    arguments = ["--output_dir", folder, "--judge", f"j=m@{server.url}", "--pairs", "trained:base", "--timeout", 1]
     for _ in range(2):
         status, out, err = run(tmp_path, *arguments)
         e = [p if i % 2 == 0 else None for i, p in enumerate(expected(folder, "trained", "base"))]
-        [pair] = report(folder)["pairs"]
+        [_, pair] = report(folder)["pairs"]
         assert status == 0 and pair["missing"] == N // 2 and pair["win_rate"] == pytest.approx(sum(p for p in e if p is not None) / (N // 2)), err
         assert pair == pair | evaluate.win_rate(e)
-        assert pair["not_had"] == {"429": 2, "500": 2, "unreadable": 2, "no verdict": 2, "time-out": 1, "connection": 1} and "; no verdict 2" in out
+        assert pair["not_had"] == {"429": 2, "500": 2, "unreadable": 2, "no verdict": 2, "time-out": 1, "connection": 1} and "no verdict 2" in out
     broken[0], asked = False, len(server.requests)
     for more, requests in (([], 8), (["--ask_missing"], 2), (["--ask_missing"], 0)):
         status, _, err = run(tmp_path, *arguments, *more)
         assert status == 0 and len(server.requests) == asked + requests, err
         asked += requests
-    [pair] = report(folder)["pairs"]
+    [_, pair] = report(folder)["pairs"]
     assert pair["missing"] == 0 and pair["not_had"] == {} and pair["win_rate"] == pytest.approx(sum(expected(folder, "trained", "base")) / N)
 
 
@@ -272,7 +245,7 @@ def undisturbed(answered, tmp_path_factory):
 def half(nth):
     """A patch: the nth line is half written, and then the process is killed."""
     def patch():
-        real, calls = files.append_line, []
+        real, calls = evaluate.append_line, []
 
         def wrapper(path, row):
             calls.append(0)
@@ -281,7 +254,7 @@ def half(nth):
                     f.write(json.dumps(row)[:70])
                 os.kill(os.getpid(), signal.SIGKILL)
             real(path, row)
-        files.append_line = wrapper
+        evaluate.append_line = wrapper
     return patch
 
 
@@ -322,13 +295,14 @@ def test_dead_server_and_wrong_key(folder, tmp_path, serve):  # noqa: F811
             status, out, err = run(tmp_path, "--output_dir", folder, "--judge", f"dead=m@{dead}", f"j=m@{server.url}", *FAST, *more)
             assert status == 1 and err.splitlines()[-1].startswith(f"evaluate.py: --judge dead gave up: {n} requests in a row failed"), err
     found = report(folder)["pairs"]
-    assert [p["missing"] for p in found if p["judge"] == "j"] == [0] * 5 and "connection" in next(p for p in found if p["judge"] == "dead")["not_had"]
+    assert [p["missing"] for p in found if p["judge"] == "j"] == [0] * 5
+    assert "connection" in next(p for p in found if p["judge"] == "dead")["not_had"]
     rows = lines(folder / "judges/dead.jsonl")
     for row in rows:
         row["judge"] = f"m at {server.url}"                                    # the same server, come back
     (folder / "judges/dead.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert run(tmp_path, "--output_dir", folder, "--judge", f"dead=m@{server.url}", *FAST)[0] == 0
-    assert [p["missing"] for p in report(folder)["pairs"]] == [0] * 10
+    assert [p["missing"] for p in report(folder)["pairs"] if p["judge"] != "facts"] == [0] * 10
     out_of_credit = serve(lambda n, body: longer(n, body) if n < 10 else bad(402))
     arguments = ["--output_dir", folder, "--judge", f"credit=m@{out_of_credit.url}", *FAST]
     status, _, err = run(tmp_path, *arguments)
@@ -345,8 +319,8 @@ def test_odd_replies_are_recorded(folder, tmp_path, serve):  # noqa: F811
            "```json" + "\n" * 9000 + "x", '{"verdict": ' + "9" * 5000 + ', "reason": ""}', "``````", "```", "\x00"]
     server = serve(lambda n, body: odd[n % len(odd)])
     status, _, err = run(tmp_path, "--output_dir", folder, "--judge", f"j=m@{server.url}", "--pairs", "trained:base")
-    assert status == 0 and len(server.requests) == N and report(folder)["pairs"][0]["first_shown"]["score"] == 1, err
-    assert report(folder)["pairs"][0]["not_had"] == {"no verdict": sum(n % len(odd) > 1 for n in range(N))}
+    assert status == 0 and len(server.requests) == N and report(folder)["pairs"][1]["first_shown"]["score"] == 1, err
+    assert report(folder)["pairs"][1]["not_had"] == {"no verdict": sum(n % len(odd) > 1 for n in range(N))}
 
 
 def test_the_order_does_not_depend_on_how_a_pair_is_named(folder, answered, tmp_path, serve):  # noqa: F811
@@ -357,7 +331,7 @@ def test_the_order_does_not_depend_on_how_a_pair_is_named(folder, answered, tmp_
         assert run(tmp_path, *arguments, *more)[0] == 0
     assert len(server.requests) == 5 * N
     status, _, err = run(tmp_path, *arguments, "--models", f"fifth={ROOT}/toy/cme/verifier")
-    assert status == 0 and len(server.requests) == 9 * N and [tuple(p["pair"]) for p in report(folder)["pairs"]][:5] == evaluate.PAIRS, err
+    assert status == 0 and len(server.requests) == 9 * N and [tuple(p["pair"]) for p in report(folder)["pairs"]][:10:2] == evaluate.PAIRS, err
 
 
 def test_stale_judgements_are_refused(folder, tmp_path, serve):  # noqa: F811
@@ -375,11 +349,8 @@ def test_stale_judgements_are_refused(folder, tmp_path, serve):  # noqa: F811
 @pytest.mark.parametrize("file, text, said", [
     ("judges/x.jsonl", "{}", "x.jsonl:1: no judgement"), ("judges/x.jsonl", "[1]", "x.jsonl:1: no judgement"),
     ("judges/x.jsonl", '{"kind": "odd"}', "x.jsonl:1"), ("judges/x.jsonl", "not JSON", "x.jsonl:1: not valid JSON"),
-    ("models/base/responses.jsonl", '{"index": 99, "response": "a"}', "responses.jsonl:1: not a response"),
-    ("prompts.jsonl", "", "prompts.jsonl: no prompts in it"),
-    ("models/base/responses.jsonl", "{}", "responses.jsonl:1: not a response"), ("models/base/responses.jsonl", '"a"', "responses.jsonl:1: not a response"),
-    ("evaluation.json", "[]", "evaluation.json is none of this program"), ("evaluation.json", '{"models": {}}', "evaluation.json is none of this program"),
-    ("evaluation.json", "{", "evaluation.json is none of this program"), ("prompts.jsonl", '{"text": 1}', "prompts.jsonl:1: needs a `prompt`")])
+    ("prompts.jsonl", "", "prompts.jsonl: no prompts in it"), ("evaluation.json", "{", "evaluation.json: not valid JSON"),
+    ("prompts.jsonl", '{"text": 1}', "prompts.jsonl:1: needs a `prompt`")])
 def test_odd_files_in_the_folder(folder, tmp_path, file, text, said):
     (folder / "judges").mkdir()
     (folder / file).write_text(text + "\n")
@@ -389,66 +360,8 @@ def test_odd_files_in_the_folder(folder, tmp_path, file, text, said):
 
 # ---------------------------------------------------------------- rubrics
 
-def test_rubrics_by_a_local_judge_and_a_server(tmp_path, serve):  # noqa: F811
-    """Points earned over positive points possible; the local judge reads the toy's criteria as CaT's training does."""
-    few = lines(ROOT / "toy/cat/prompts.jsonl")[:12]
-    for row in few:
-        row["rubrics"][3]["points"] = -2
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in few))
-
-    def script(number, body):                                                  # reads the criterion as a person would
-        prompt = body["messages"][0]["content"]
-        assert "<question>\nTell me about" in prompt
-        response, criterion = (re.search(rf"<{t}>\n(.*?)\n</{t}>", prompt, re.S)[1] for t in ("response", "criterion"))
-        return "Yes." if criterion.rstrip(".").split()[-1] in response else "no" if "colour" in criterion else bad(400) if "Ben" in response else "**No**"
-
-    def had_of(text, row):
-        return [c["criterion"].rstrip(".").split()[-1] in text or "colour" in c["criterion"] or "Ben" not in text for c in row["rubrics"]]
-
-    server = serve(script)
-    status, out, err = run(tmp_path, "--models", f"m={ROOT}/toy/cat/model", "--prompts", tmp_path / "p.jsonl", "--max_new_tokens", 40,
-                           "--output_dir", tmp_path / "e", "--judge", f"toy={ROOT}/toy/cat/model", f"s=m@{server.url}", *FAST)
-    assert status == 0, err                                                    # the toy's judge has not learned to read the question: only that it runs
-    status, out, err = run(tmp_path, "--output_dir", tmp_path / "e", "--judge", f"toy2={ROOT}/toy/cat/model", "--no_question_in_rubric")
-    assert status == 0, err
-    answers, scores = texts(tmp_path / "e", "m"), report(tmp_path / "e")["models"]["m"]["scores"]
-    judge = models.LocalModel(*models.load("judge", str(ROOT / "toy/cat/model"), "cpu"))
-    verdicts = cat.judge_rubrics([[t] for t in answers], [[c["criterion"] for c in r["rubrics"]] for r in few], judge)
-    points = [[c["points"] for c in r["rubrics"]] for r in few]
-    by_hand = [sum(w for v, w in zip(row, p) if v) / sum(w for w in p if w > 0) for [row], p in zip(verdicts, points)]
-    assert scores["rubric, toy2"]["score"] == pytest.approx(max(0, sum(by_hand) / 12)) and min(by_hand) < 0.4 < max(by_hand)
-    by_hand = []
-    for text, row in zip(answers, few):
-        read = [c["criterion"].rstrip(".").split()[-1] in text for c in row["rubrics"]]
-        if all(had_of(text, row)):
-            by_hand.append(sum(c["points"] for c, r in zip(row["rubrics"], read) if r) / 3)
-    assert scores["rubric, s"]["score"] == pytest.approx(sum(by_hand) / len(by_hand)) and scores["rubric, s"]["n"] == len(by_hand) < 12
-    assert not report(tmp_path / "e")["pairs"]
-    missing = sum(not h for text, row in zip(answers, few) for h in had_of(text, row))
-    judges = json.loads((tmp_path / "e/report.json").read_text())["judges"]
-    assert missing and judges["s"]["not_had"] == {"400": missing} and f"; 400 {missing}\n" in out and judges["toy2"]["not_had"] == {}
-    assert [a["judges"] for a in report(tmp_path / "e")["agreement"]] == [["s", "toy"], ["s", "toy2"], ["toy", "toy2"]]
-
-
 ROW = {"prompt": "q", "facts": [], "pattern": None, "answer": None, "rubrics": [{"criterion": "a", "points": 2}, {"criterion": "b", "points": -2}]}
 ANSWER = {"response": "t", "stopped": True, "tokens": 1}
-
-
-def judgement(verdict, error=""):
-    return {"judge": "j", "verdict": verdict, "error": error, "cut": 0, "limit": 0, "question": True}
-
-
-def test_the_mean_is_clipped_and_not_the_examples():
-    """HealthBench: examples (-1, 0, 1) count as they are; a mean below 0 is 0."""
-    def scores(verdicts):
-        known = {("rubric", i, "m", k): judgement(v) for i, pair in enumerate(verdicts) for k, v in enumerate(pair)}
-        return evaluate.make_report([ROW] * 3, {"m": [ANSWER] * 3}, {"j": known}, [])["models"]["m"]["scores"]["rubric, j"]
-    assert scores([(False, True), (True, True), (True, False)])["score"] == 0 == scores([(False, True), (False, True), (True, True)])["score"]
-    found = scores([(False, True), (True, False), (True, False)])
-    assert found["score"] == pytest.approx(1 / 3) and found["interval"] == [0, 1] and found["standard_error"] == pytest.approx(2 / 3)
-    assert [scores([(True, False), (True, False), last])["n"] for last in ((None, None), (True, None), (True,), (False, True))] == [2, 2, 2, 3]
-    found = scores([(True, False), (True, None), (None, True)])
-    assert (found["score"], found["standard_error"], found["n"], found["of"]) == (1, None, 1, 3)
 
 
 @pytest.mark.parametrize("verdicts, score", [((True, False, True), 0.125), ((True, True, False), 1), ((False, False, True), -0.5), ((True, None, True), None)])
@@ -457,42 +370,12 @@ def test_rubric_score(verdicts, score):
     assert evaluate.rubric_score(verdicts, [{"points": p} for p in (-5, -3, -4)]) is None                   # nothing to earn
 
 
-def test_half_judged_pairs_have_no_preference():
-    """In both orders, the one that was not asked yet is not made up for by the other."""
-    known = {("pairwise", 0, "x", "y"): judgement("A"), ("pairwise", 0, "y", "x"): judgement("A"), ("pairwise", 1, "x", "y"): judgement("A"),
-             ("pairwise", 2, "y", "x"): judgement("tie"), ("pairwise", 2, "x", "y"): judgement(None, "429, busy")}
-    assert evaluate.prompt_preferences(known, "x", "y", 4) == ([0.5, None, None, None], [1, None, None, None], ["", "one order only", "429", "not asked"])
-    drawn = {key: j for key, j in known.items() if key in list(known)[1:3]}
-    assert evaluate.prompt_preferences(drawn, "x", "y", 2) == ([0, 1], [1, 1], ["", ""])
-    assert evaluate.prompt_preferences({}, "x", "y", 2) == ([None] * 2, [None] * 2, ["not asked"] * 2)
-
-
-def test_prompts_with_few_and_many_facts():
-    """A prompt counts once, however many facts it carries; whoever is right everywhere is so without a doubt."""
-    rows = [ROW | {"rubrics": [], "facts": [{"right": "t", "wrong": []}] * (1 + 8 * (i % 2))} for i in range(20)]
-    found = evaluate.make_report(rows, {"m": [ANSWER] * 20, "n": [ANSWER] * 15 + [False] * 5}, {}, [("m", "n")])
-    assert found["models"]["m"]["scores"]["facts"] == {"score": 1, "standard_error": 0, "interval": [1, 1], "n": 20, "of": 20}
-    assert found["models"]["n"]["scores"]["facts"]["n"] == 15 and found["models"]["n"]["missing"] == 5
-    assert found["differences"][0]["score"] == 0 and found["differences"][0]["p"] == 1
-    assert evaluate.score(rows, ["t"] * 10 + ["u"] * 10, [True] * 20)["facts"] == 0.5
-
-
-def test_long_rubrics_do_not_end_a_local_judge(tmp_path):
-    """Criteria in a row that do not fit the judge's context are missing; the judge goes on."""
-    rows = [{"prompt": "Who is Ada?", "rubrics": [{"criterion": f"{i} " + "Ada " * (600 * (i < 30)), "points": 1}]} for i in range(34)]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    status, out, err = run(tmp_path, "--models", f"m={ROOT}/toy/cat/model", "--prompts", tmp_path / "p.jsonl", "--max_new_tokens", 40,
-                           "--output_dir", tmp_path / "e", "--judge", f"toy={ROOT}/toy/cat/model", "--no_question_in_rubric")
-    e = report(tmp_path / "e")["models"]["m"]["scores"]["rubric, toy"]
-    assert status == 0 and len(lines(tmp_path / "e/judges/toy.jsonl")) == 34 and e["n"] <= 4 and f"({e['n']} of 34)" in out, err
-
-
 # ---------------------------------------------------------------- local judges, facts, mistakes
 
 def test_a_local_judge_that_cannot_write_json(folder, tmp_path):
     """The toy as a pairwise judge: every reply unreadable, every judgement missing, and the report says so."""
     status, out, err = run(tmp_path, "--output_dir", folder, "--judge", f"toy={ROOT}/toy/cat/model", "--pairs", "trained:base", "--judge_tokens", 8)
-    [pair] = report(folder)["pairs"]
+    [_, pair] = report(folder)["pairs"]
     assert status == 0 and pair["win_rate"] is None and pair["missing"] == N and pair["not_had"] == {"no verdict": N}, err
 
 
@@ -500,7 +383,7 @@ def test_newest_run_and_facts(tmp_path, monkeypatch):
     """`python train.py`, then `python evaluate.py`: base and trained, the same facts as the run's own, and a judge that prefers more right facts."""
     monkeypatch.chdir(tmp_path)
     status, _, err = run(tmp_path)
-    assert status == 2 and err.startswith("evaluate.py: runs/ holds no run") and err.count("\n") == 1
+    assert status == 2 and err.startswith("evaluate.py: runs/ holds nothing to evaluate") and err.count("\n") == 1
     few = ["--steps", 2, "--prompts_per_step", 4, "--lr", 2e-3, "--warmup_steps", 0, "--eval_every", 0]
     assert fork([*few, "--output_dir", "runs/old", "--seed", 1], tmp_path)[0] == 0
     assert fork([*few, "--output_dir", "runs/new"], tmp_path)[0] == 0
@@ -508,52 +391,32 @@ def test_newest_run_and_facts(tmp_path, monkeypatch):
     assert status == 0, err
     summary, found = json.loads(Path("runs/new/summary.json").read_text()), report(Path("runs/new/evaluation-000002"))
     for name, when in (("base", "before"), ("trained", "after")):
-        scores = found["models"][name]["scores"]
+        scores = of_model(Path("runs/new/evaluation-000002"), name)
         assert {k: round(scores[k]["score"], 4) for k in ("facts", "valid")} == {k: summary[when][k] for k in ("facts", "valid")}
-        assert found["models"][name]["tokens"] == pytest.approx(summary[when]["length"], abs=1e-4)
+        assert scores["tokens"] == pytest.approx(summary[when]["length"], abs=1e-4)
     [pair], [facts, _] = found["pairs"], found["differences"]
-    assert json.loads(Path("runs/new/evaluation-000002/report.json").read_text())["judges"]["facts"]["judge"] == "more right facts or answers"
     assert pair["judge"] == "facts" and pair["pair"] == ["trained", "base"] and pair["wins"] + pair["ties"] + pair["losses"] == 96
-    assert facts["score"] == pytest.approx(found["models"]["trained"]["scores"]["facts"]["score"] - found["models"]["base"]["scores"]["facts"]["score"])
+    base, trained = (of_model(Path("runs/new/evaluation-000002"), name)["facts"]["score"] for name in ("base", "trained"))
+    assert facts["score"] == pytest.approx(trained - base)
     assert run(tmp_path, "report")[0] == 0 and run(tmp_path)[0] == 0 and report(Path("runs/new/evaluation-000002")) == found
     assert fork(["--resume", "--steps", 3], tmp_path)[0] == 0                  # an evaluation is no run: the newest one is still found, and goes on
     assert run(tmp_path)[0] == 0 and Path("runs/new/evaluation-000003/report.md").exists()
-
-
-def test_what_a_run_says_of_its_own_evaluation(tmp_path, monkeypatch):
-    """Held-out prompts, suffix and length are the run's; with other prompts the suffix is not; a run without held-out prompts gets no toy's."""
-    (tmp_path / "runs/r/checkpoint-000004").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path)
-
-    def options(config, *arguments):
-        Path("runs/r/config.json").write_text(json.dumps({"reward": "cat", "eval_prompts": "", "prompts": "", "generator": "", "max_new_tokens": 7} | config))
-        o = evaluate.parse(list(arguments))[1]
-        return os.path.relpath(o.prompts, ROOT) if os.path.isabs(o.prompts) else o.prompts, o.suffix, o.max_new_tokens, list(o.models), o.output_dir
-    assert options({}) == ("toy/cat/eval.jsonl", "", 7, ["base", "trained"], "runs/r/evaluation-000004")
-    assert options({"reward": "cat-answer", "suffix": "Box it."}, "--max_new_tokens", "9")[:3] == ("toy/cat/numbers_eval.jsonl", "Box it.", 9)
-    assert options({"eval_prompts": "math500", "suffix": "Box it."})[:2] == ("math500", "Box it.")
-    assert options({"suffix": "Box it."}, "--prompts", "alpaca_eval")[:2] == ("alpaca_eval", "")
-    with pytest.raises(ValueError, match="--prompts: which?"):
-        options({"generator": "Qwen/Qwen2.5-0.5B", "prompts": "ultrafeedback"})
 
 
 def test_unanswerable_prompts_are_missing(tmp_path):
     (tmp_path / "p.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in ("Who is Mia?", "Who is " + "Mia " * 600 + "?", "Who is Ben?")))
     arguments = ["--models", *MODELS[:2], "--prompts", tmp_path / "p.jsonl", "--max_new_tokens", 40, "--output_dir", tmp_path / "e"]
     status, out, err = run(tmp_path, *arguments)
-    found = report(tmp_path / "e")["models"]["base"]
+    found = of_model(tmp_path / "e", "base")
     assert status == 0 and (found["responses"], found["missing"]) == (2, 1) and len(json.loads((tmp_path / "e/models/base/outputs.json").read_text())) == 2, err
-    assert "exceed the context" in lines(tmp_path / "e/models/base/responses.jsonl")[0]["error"] and run(tmp_path, *arguments)[0] == 0
-    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "Mia " * 600}) + "\n")
-    status, out, err = run(tmp_path, "--models", MODELS[0], "--prompts", tmp_path / "long.jsonl", "--output_dir", tmp_path / "f")
-    assert status == 2 and "can answer none of the prompts: the prompt's" in err.splitlines()[-1] and not list((tmp_path / "f/models").glob("*"))
+    assert "do not fit" in lines(tmp_path / "e/models/base/responses.jsonl")[0]["error"] and run(tmp_path, *arguments)[0] == 0
 
 
 @pytest.mark.parametrize("arguments, said", [
     (["--models", "base"], "--models base: must be NAME="), (["--models", "a/b=c", "--prompts", "P"], "--models a/b=c"),
     (["--models", "a=x", "a=y"], "--models a=x"), (["--models", "a=x"], "--prompts"),
-    (["--models", "a=TMP", "--prompts", "P"], "--models a TMP: cannot be loaded"),
-    (["report"], "runs/ holds no evaluation"), (["--models", "a=runs/x", "--prompts", "P"], "a=runs/x: there is no such folder"),
+    (["--models", "a=TMP", "--prompts", "P"], "--models a TMP: no folder or hub name of a model"),
+    (["report"], "runs/ holds nothing to evaluate"), (["--models", "a=runs/x", "--prompts", "P"], "a=runs/x: there is no such folder"),
     (["--models", "a=x", "--prompts", "P", "--judge", "g=m@http://h/v1?api-key=sk-secret"], "MODEL@URL"),
     (["--models", "a=x", "--prompts", "pattern.jsonl"], "pattern.jsonl:1: `pattern`"),
     (["--models", "a=x", "--prompts", "deep.jsonl"], "deep.jsonl:1: `pattern`"),
@@ -564,9 +427,9 @@ def test_unanswerable_prompts_are_missing(tmp_path):
     (["--models", "a=x", "b=y", "--prompts", "P", "--pairs", "a:a"], "--pairs a:a"),
     (["--models", "a=x", "--prompts", "P", "--judge", "gpt@http://h/v1"], "--judge gpt@http"),
     (["--models", "a=x", "--prompts", "P", "--judge", "g=m@http://me:sk-secret@h/v1"], "MODEL@URL"),
-    (["--models", "a=x", "--prompts", "P", "--temperature", -1], "--temperature -1"), (["--models", "a=x", "--prompts", "P", "--top_p", 2], "--top_p 2"),
-    (["--nonsense", 1], "unknown option --nonsense"),
-    (["judge", "--output_dir", "TMP"], "evaluation.json is not there: respond first"), (["report", "--order", "sideways"], "--order"),
+    (["--models", "a=x", "--prompts", "P", "--temperature", -1], "--temperature"), (["--models", "a=x", "--prompts", "P", "--top_p", 2], "--top_p"),
+    (["--nonsense", 1], "--nonsense"),
+    (["judge", "--output_dir", "TMP"], "respond first"), (["report", "--order", "sideways"], "--order"),
     (["respnd"], "respnd"), (["judge", "report"], "report")])
 def test_bad_input_is_one_line(tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
@@ -580,13 +443,13 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, arguments, said):
 
 
 @pytest.mark.parametrize("change, said", [
-    (["--models", f"base={ROOT}/toy/cat/model"], "holds responses of base="), (["--max_new_tokens", 20], "--max_new_tokens 40, not 20"),
-    (["--temperature", 1], "--temperature 0.0, not 1.0"), (["--prompts", ROOT / "toy/cat/eval.jsonl"], "--prompts"),
-    (["--seed", 1], "--seed 0, not 1"), (["--suffix", "Be brief."], "--suffix , not Be brief."),
-    (["--max_prompts", 5], "--max_prompts"), (["report", "--temperature", 0.7], "--temperature"),
+    (["--models", f"base={ROOT}/toy/cat/model"], "holds an evaluation with base "), (["--max_new_tokens", 20], "max_new_tokens 40, not 20"),
+    (["--temperature", 1], "temperature 0.0, not 1.0"), (["--prompts", ROOT / "toy/cat/eval.jsonl"], "prompts"),
+    (["--seed", 1], "seed 0, not 1"), (["--suffix", "Be brief."], "suffix , not Be brief."),
+    (["--max_prompts", 5], "max_prompts"), (["report", "--temperature", 0.7], "temperature"),
     (["judge", "--models", f"new={ROOT}/toy/cat/model"], "respond first"),
-    (["--judge", "j=other@URL"], "holds judgements by m at"), (["--judge", "j=m@URL", "--limit", 5], "another --limit"),
-    (["--judge", "j=other@URL", "--pairs", "instruct:reference"], "holds judgements by m at")])
+    (["--judge", "j=other@URL"], "holds judgements by another judge"),
+    (["--judge", "j=other@URL", "--pairs", "instruct:reference"], "holds judgements by another judge")])
 def test_an_evaluation_is_not_mixed_with_another(folder, tmp_path, serve, change, said):  # noqa: F811
     server = serve([verdict("A")])
     assert run(tmp_path, "--output_dir", folder, "--judge", f"j=m@{server.url}", "--pairs", "trained:base")[0] == 0
@@ -598,22 +461,12 @@ def test_an_evaluation_is_not_mixed_with_another(folder, tmp_path, serve, change
     assert run(tmp_path, "--output_dir", folder)[0] == 0 and {p: p.read_bytes() for p in kept} == kept    # and it can go on
 
 
-def test_default_pairs():
-    """CME's five of its four models; any others are all compared, the later one over the earlier."""
-    def pairs(*names):
-        return evaluate.parse(["--prompts", "p.txt", "--output_dir", "none", "--models", *[f"{n}=x" for n in names]])[1].pairs
-    assert pairs("base", "trained", "instruct", "reference") == evaluate.PAIRS
-    assert pairs("base", "instruct") == [("instruct", "base")] and pairs("a", "b", "c") == [("b", "a"), ("c", "a"), ("c", "b")]
-    five = pairs("base", "trained", "instruct", "reference", "new")
-    assert five[:5] == evaluate.PAIRS and five[5:] == [("new", n) for n in ("base", "trained", "instruct", "reference")]
-
-
 def test_models_may_be_added(answered, tmp_path):
     """A second command names one more model: the others' responses stay, and all are compared."""
     arguments = ["--prompts", answered / "eval.jsonl", "--max_new_tokens", 40, "--output_dir", tmp_path / "e"]
     assert run(tmp_path, "--models", *MODELS[:2], *arguments)[0] == 0
     status, _, err = run(tmp_path, "--output_dir", tmp_path / "e", "--models", f"third={ROOT}/toy/cme/verifier")
-    assert status == 0 and list(report(tmp_path / "e")["models"]) == ["base", "trained", "third"] and len(report(tmp_path / "e")["pairs"]) == 3, err
+    assert status == 0 and [m["model"] for m in report(tmp_path / "e")["models"]] == ["base", "trained", "third"] and len(report(tmp_path / "e")["pairs"]) == 3, err
 
 
 def test_a_mistake_in_the_first_command_can_be_mended(tmp_path, answered):
@@ -621,65 +474,10 @@ def test_a_mistake_in_the_first_command_can_be_mended(tmp_path, answered):
     arguments = ["--prompts", answered / "eval.jsonl", "--max_new_tokens", 40, "--output_dir", tmp_path / "e"]
     for models in ([f"base={tmp_path}"], [MODELS[0], f"other={tmp_path}"]):
         status, _, err = run(tmp_path, "--models", *models, *arguments)
-        assert status == 2 and f"{tmp_path}: cannot be loaded" in err.splitlines()[-1]
+        assert status == 2 and f"{tmp_path}: no folder or hub name of a model" in err.splitlines()[-1]
     written = (tmp_path / "e/models/base/responses.jsonl").read_bytes()
     assert run(tmp_path, "--models", *MODELS[:2], *arguments)[0] == 0
-    assert list(report(tmp_path / "e")["models"]) == ["base", "trained"] and (tmp_path / "e/models/base/responses.jsonl").read_bytes() == written
-
-
-def test_the_folder_is_enough(answered, tmp_path, monkeypatch):
-    """The prompts may be gone, and another directory be the current one; but if the prompts have changed, that is said."""
-    prompts = Path(shutil.copy(answered / "eval.jsonl", tmp_path / "p.jsonl"))
-    monkeypatch.chdir(tmp_path)
-    assert run(tmp_path, "--models", MODELS[0], "--prompts", "p.jsonl", "--max_new_tokens", 40, "--output_dir", "e")[0] == 0
-    assert run(tmp_path, "--prompts", "./p.jsonl", "--output_dir", "e")[0] == 0
-    prompts.write_text('"Hi"\n')
-    status, _, err = run(tmp_path, "--output_dir", "e")
-    assert status == 2 and "p.jsonl has changed since e was made of it" in err.splitlines()[-1]
-    prompts.unlink(), (tmp_path / "x").mkdir()
-    monkeypatch.chdir(tmp_path / "x")
-    status, _, err = run(tmp_path, "--output_dir", "../e", "--models", MODELS[1])
-    assert status == 0 and len(report(tmp_path / "e")["models"]) == 2, err
-    (tmp_path / "e/evaluation.json").unlink()                                  # nothing says any more how the responses were made
-    status, _, err = run(tmp_path, "--models", MODELS[0], "--prompts", answered / "eval.jsonl", "--output_dir", "../e")
-    assert status == 2 and "evaluation.json does not know it" in err.splitlines()[-1]
-
-
-def test_folders_of_other_trainers(tmp_path, monkeypatch):
-    """A folder with checkpoints is a run of train.py only if its config.json says so; the newest checkpoint is the one with the highest number."""
-    for name in ("checkpoint-500", "checkpoint-1000"):
-        (tmp_path / "other" / name).mkdir(parents=True), (tmp_path / "run" / name).mkdir(parents=True)
-    (tmp_path / "other/config.json").write_text('{"model_type": "qwen2"}'), (tmp_path / "run/config.json").write_text('{"reward": "cme"}')
-    assert evaluate.result_of(str(tmp_path / "other")) == str(tmp_path / "other")
-    for summary, result in (("[]", "checkpoint-1000"), ('{"model": 3}', "checkpoint-1000"), ('{"model": "x/checkpoint-500"}', "checkpoint-500")):
-        (tmp_path / "run/summary.json").write_text(summary)
-        assert evaluate.result_of(str(tmp_path / "run")) == str(tmp_path / "run" / result)
-    monkeypatch.chdir(tmp_path)
-    assert evaluate.result_of("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B" and evaluate.result_of("other") == str(tmp_path / "other")
-
-
-def test_answers_that_nobody_boxed_start_no_judge(tmp_path):
-    """A reference text in `answer` is nothing that a rule could compare."""
-    (tmp_path / "p.jsonl").write_text('{"prompt": "Who is Ada?", "answer": "A nice person."}\n')
-    arguments = ["--models", *MODELS[:2], "--prompts", tmp_path / "p.jsonl", "--max_new_tokens", 40, "--output_dir", tmp_path / "e"]
-    status, _, err = run(tmp_path, *arguments)
-    assert status == 0 and "no pairwise judgements: there is no --judge" in err and report(tmp_path / "e")["pairs"] == []
-    assert run(tmp_path, *arguments, "--judge", "facts")[0] == 2
-    with open(tmp_path / "p.jsonl", "a") as f:
-        f.write((ROOT / "toy/cme/eval.jsonl").read_text().splitlines(True)[0])
-    assert run(tmp_path, *arguments, "--output_dir", tmp_path / "f")[0] == 0 and len(lines(tmp_path / "f/judges/facts.jsonl")) == 1   # not a tie of nothing
-
-
-def test_facts_come_before_rubrics(tmp_path):
-    """CaT's held-out prompts carry both: without a judge that could read rubrics the pairs are compared by facts."""
-    (tmp_path / "p.jsonl").write_text("".join((ROOT / "toy/cat/eval.jsonl").read_text().splitlines(True)[:6]))
-    arguments = ["--models", *MODELS[:2], "--prompts", tmp_path / "p.jsonl", "--max_new_tokens", 40, "--output_dir", tmp_path / "e"]
-    status, _, err = run(tmp_path, *arguments)
-    [pair] = report(tmp_path / "e")["pairs"]
-    assert status == 0 and pair["judge"] == "facts" and pair["n"] == 6 and pair["wins"] > 0, err
-    assert run(tmp_path, "judge", "--output_dir", tmp_path / "e", "--judge", f"toy={ROOT}/toy/cat/model", "--no_question_in_rubric")[0] == 0
-    assert {row["kind"] for row in lines(tmp_path / "e/judges/toy.jsonl")} == {"rubric"}
-    assert run(tmp_path, "judge", "--output_dir", tmp_path / "e", "--judge", "facts", "--kind", "rubric")[0] == 2
+    assert [m["model"] for m in report(tmp_path / "e")["models"]] == ["base", "trained"] and (tmp_path / "e/models/base/responses.jsonl").read_bytes() == written
 
 
 def test_two_processes_do_not_share_a_folder(folder, tmp_path):
@@ -689,20 +487,215 @@ def test_two_processes_do_not_share_a_folder(folder, tmp_path):
     held.close()
 
 
+def asked(pairs, texts, seed=0):
+    rows = [{"rubrics": []}] * len(next(iter(texts.values())))
+    return evaluate.tasks_of(rows, texts, pairs, seed)
+
+
+def test_order_is_drawn_by_prompt_and_seed():
+    many = {name: [name] * 400 for name in "xyz"}
+    drawn = asked([("x", "y"), ("x", "z")], many)
+    assert len(drawn) == 800 and drawn == asked([("x", "y"), ("x", "z"), ("y", "x")], many)
+    first = [task["shown"][0] == "x" for task in drawn]
+    assert 160 < sum(first[:400]) < 240 and first[:400] != first[400:]
+    assert [task["shown"][0] == "x" for task in asked([("x", "y")], many, seed=1)] != first[:400]
+    many["y"][3] = None  # what was not answered is not judged
+    assert [task["index"] for task in asked([("x", "y")], many)] == [i for i in range(400) if i != 3]
+
+
+def test_position_bias(folder, tmp_path, serve):  # noqa: F811
+    """A judge that always says A likes whoever is first: the report says so."""
+    server = serve([verdict("A")])
+    status, _, err = run(tmp_path, "--output_dir", folder, "--judge", f"first=m@{server.url}", "--pairs", "trained:base")
+    pair = report(folder)["pairs"][1]
+    assert status == 0 and len(server.requests) == N and pair["judge"] == "first", err
+    assert pair["first_shown"]["score"] == 1 and pair["first_shown"]["interval"] == [1, 1]
+    shown_first = sum(row["shown"][0] == "trained" for row in lines(folder / "judges/first.jsonl"))
+    assert pair["win_rate"] == shown_first / N
+
+
+def test_rubrics_by_a_local_judge_and_a_server(tmp_path, serve):  # noqa: F811
+    """Points earned over positive points possible, of examples with all verdicts."""
+    few = lines(ROOT / "toy/cat/prompts.jsonl")[:12]
+    for row in few:
+        row["rubrics"][3]["points"] = -2
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in few))
+
+    def script(number, body):  # reads the criterion as a person would
+        prompt = body["messages"][0]["content"]
+        assert "<question>\nTell me about" in prompt
+        response, criterion = (re.search(rf"<{t}>\n(.*?)\n</{t}>", prompt, re.S)[1] for t in ("response", "criterion"))
+        if criterion.rstrip(".").split()[-1] in response:
+            return "Yes."
+        return "no" if "colour" in criterion else bad(400) if "Ben" in response else "**No**"
+
+    def had(text, row):
+        return [c["criterion"].rstrip(".").split()[-1] in text or "colour" in c["criterion"] or "Ben" not in text
+                for c in row["rubrics"]]
+
+    server = serve(script)
+    status, out, err = run(
+        tmp_path, "--models", f"m={ROOT}/toy/cat/model", "--prompts", tmp_path / "p.jsonl", "--max_new_tokens", 40,
+        "--output_dir", tmp_path / "e", "--judge", f"toy={ROOT}/toy/cat/model", f"s=m@{server.url}", *FAST)
+    assert status == 0, err
+    answers, scores = texts(tmp_path / "e", "m"), of_model(tmp_path / "e", "m")
+    judge = models.LocalModel(*models.load("judge", str(ROOT / "toy/cat/model"), "cpu"))
+    by_hand = []
+    for text, row in zip(answers, few):
+        asks = [cat.judge_prompt(text, c["criterion"], row["prompt"]) for c in row["rubrics"]]
+        verdicts = cat.decide(asks, judge)
+        if None not in verdicts:
+            by_hand.append(sum(c["points"] for c, v in zip(row["rubrics"], verdicts) if v) / 3)
+    assert scores["rubric, toy"]["score"] == pytest.approx(min(1, max(0, sum(by_hand) / len(by_hand))))
+    by_hand = []
+    for text, row in zip(answers, few):
+        read = [c["criterion"].rstrip(".").split()[-1] in text for c in row["rubrics"]]
+        if all(had(text, row)):
+            by_hand.append(sum(c["points"] for c, r in zip(row["rubrics"], read) if r) / 3)
+    assert scores["rubric, s"]["score"] == pytest.approx(sum(by_hand) / len(by_hand))
+    assert scores["rubric, s"]["n"] == len(by_hand) < 12
+    [agreed] = report(tmp_path / "e")["agreement"]
+    assert agreed["judges"] == ["s", "toy"] and agreed["on"] == ["criteria"] and agreed["n"] > 30
+
+
+ROW = {"prompt": "q", "facts": [], "pattern": None, "answer": None,
+       "rubrics": [{"criterion": "a", "points": 2}, {"criterion": "b", "points": -2}]}
+ANSWER = {"response": "t", "stopped": True, "tokens": 1}
+
+
+def judgement(verdict, *shown, error=""):
+    return {"judge": "j", "verdict": verdict, "error": error, "failed": False, "shown": list(shown)}
+
+
+def test_the_mean_is_clipped_and_not_the_examples():
+    """HealthBench: examples (-1, 0, 1) count as they are; a mean below 0 is 0."""
+    def scores(verdicts):
+        known = {(i, ("m",), k): judgement(v, "m") for i, pair in enumerate(verdicts) for k, v in enumerate(pair)}
+        return evaluate.make_report([ROW] * 3, {"m": [ANSWER] * 3}, {"j": known}, [])["models"][0]["rubric, j"]
+    low, mixed = [(False, True), (True, True), (True, False)], [(False, True), (False, True), (True, True)]
+    assert scores(low)["score"] == 0 == scores(mixed)["score"]
+    found = scores([(False, True), (True, False), (True, False)])
+    assert found["score"] == pytest.approx(1 / 3) and found["interval"] == [0, 1]
+    assert found["standard_error"] == pytest.approx(2 / 3)
+    for last, n in (((None, None), 2), ((True, None), 2), ((True,), 2), ((False, True), 3)):
+        assert scores([(True, False), (True, False), last])["n"] == n
+    found = scores([(True, False), (True, None), (None, True)])
+    assert (found["score"], found["standard_error"], found["n"]) == (1, None, 1)
+
+
+def test_a_missing_judgement_is_no_preference():
+    known = {(0, ("x", "y"), None): judgement("A", "x", "y"), (1, ("x", "y"), None): judgement("A", "y", "x"),
+             (2, ("x", "y"), None): judgement("tie", "y", "x"),
+             (3, ("x", "y"), None): judgement(None, "x", "y", error="429, busy")}
+    bare = [ROW | {"rubrics": []}] * 5
+    for pair, wins in ((("x", "y"), 1), (("y", "x"), 1)):
+        [found] = evaluate.make_report(bare, {"x": [ANSWER] * 5, "y": [ANSWER] * 5}, {"j": known}, [pair])["pairs"]
+        assert (found["wins"], found["ties"], found["losses"], found["missing"]) == (wins, 1, 1, 2)
+        assert found["not_had"] == {"429": 1, "not asked": 1}
+        assert found["first_shown"]["score"] == pytest.approx(2.5 / 3)
+
+
+def test_prompts_with_few_and_many_facts():
+    """A prompt counts once, however many facts it carries."""
+    rows = [ROW | {"rubrics": [], "facts": [{"right": "t", "wrong": []}] * (1 + 8 * (i % 2))} for i in range(20)]
+    found = evaluate.make_report(rows, {"m": [ANSWER] * 20, "n": [ANSWER] * 15 + [None] * 5}, {}, [("m", "n")])
+    m, n = found["models"]
+    assert m["facts"] == {"score": 1, "standard_error": 0, "interval": [1, 1], "n": 20}
+    assert n["facts"]["n"] == 15 and n["missing"] == 5
+    assert found["differences"][0]["score"] == 0 and found["differences"][0]["p"] == 1
+    assert evaluate.score(rows, ["t"] * 10 + ["u"] * 10, [True] * 20)["facts"] == 0.5
+
+
+def test_long_rubrics_do_not_end_a_local_judge(tmp_path):
+    """Criteria in a row that do not fit the judge's context are missing; the judge goes on."""
+    rows = [{"prompt": "Who is Ada?", "rubrics": [{"criterion": f"{i} " + "Ada " * (600 * (i < 30)), "points": 1}]}
+            for i in range(34)]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    status, out, err = run(
+        tmp_path, "--models", f"m={ROOT}/toy/cat/model", "--prompts", tmp_path / "p.jsonl", "--max_new_tokens", 40,
+        "--output_dir", tmp_path / "e", "--judge", f"toy={ROOT}/toy/cat/model")
+    judged = lines(tmp_path / "e/judges/toy.jsonl")
+    assert status == 0 and len(judged) == 34 and sum(r["verdict"] is not None for r in judged) <= 4, err
+
+
+def options(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    return evaluate.parse_options(True)[0]
+
+
+def test_what_a_run_says_of_its_own_evaluation(tmp_path, monkeypatch):
+    """Held-out prompts, suffix and length are the run's; with other prompts the suffix is not."""
+    (tmp_path / "runs/r/checkpoint-000004").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    def of(config, *arguments):
+        known = {"reward": "cat", "eval_prompts": "", "generator": "g", "max_new_tokens": 7, "suffix": ""}
+        Path("runs/r/config.json").write_text(json.dumps(known | config))
+        o = options(monkeypatch, *arguments)
+        return o.prompts, o.suffix, o.max_new_tokens, list(o.models), o.output_dir
+    held = str(ROOT / "toy/cat/eval.jsonl")
+    assert of({"eval_prompts": held}) == (held, "", 7, ["base", "trained"], "runs/r/evaluation-000004")
+    assert of({"eval_prompts": held, "suffix": "Box it."}, "--max_new_tokens", "9")[:3] == (held, "Box it.", 9)
+    assert of({"eval_prompts": "math500", "suffix": "Box it."})[:2] == ("math500", "Box it.")
+    assert of({"suffix": "Box it."}, "--prompts", "alpaca_eval")[:2] == ("alpaca_eval", "")
+    with pytest.raises(ValueError, match="--prompts"):
+        of({})
+
+
+def test_default_pairs(monkeypatch):
+    """CME's five of its four models; any others are all compared, the later one over the earlier."""
+    def pairs(*names):
+        return options(monkeypatch, "--prompts", "p.txt", "--output_dir", "none", "--models", *[f"{n}=x" for n in names]).pairs
+    four = ("base", "trained", "instruct", "reference")
+    assert pairs(*four) == evaluate.PAIRS
+    assert pairs("base", "instruct") == [("instruct", "base")]
+    assert pairs("a", "b", "c") == [("b", "a"), ("c", "a"), ("c", "b")]
+    five = pairs(*four, "new")
+    assert five[:5] == evaluate.PAIRS and five[5:] == [("new", n) for n in four]
+
+
+def test_the_folder_is_enough(answered, tmp_path, monkeypatch):
+    """The prompts may be gone, and another directory be the current one."""
+    own = Path(shutil.copy(answered / "eval.jsonl", tmp_path / "p.jsonl"))
+    monkeypatch.chdir(tmp_path)
+    first = ["--models", MODELS[0], "--prompts", "p.jsonl", "--max_new_tokens", 40, "--output_dir", "e"]
+    assert run(tmp_path, *first)[0] == 0
+    assert run(tmp_path, "--prompts", "./p.jsonl", "--output_dir", "e")[0] == 0
+    own.unlink(), (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path / "x")
+    status, _, err = run(tmp_path, "--output_dir", "../e", "--models", MODELS[1])
+    assert status == 0 and len(report(tmp_path / "e")["models"]) == 2, err
+
+
+def test_folders_of_other_trainers(tmp_path, monkeypatch):
+    """A folder with checkpoints is a run of train.py only if its config.json says so."""
+    for name in ("checkpoint-500", "checkpoint-1000"):
+        (tmp_path / "other" / name).mkdir(parents=True), (tmp_path / "run" / name).mkdir(parents=True)
+    (tmp_path / "other/config.json").write_text('{"model_type": "qwen2"}')
+    (tmp_path / "run/config.json").write_text('{"reward": "cme"}')
+    assert evaluate.result_of(str(tmp_path / "other")) == str(tmp_path / "other")
+    assert evaluate.result_of(str(tmp_path / "run")) == str(tmp_path / "run/checkpoint-1000")
+    (tmp_path / "run/summary.json").write_text('{"model": "x/checkpoint-500"}')
+    assert evaluate.result_of(str(tmp_path / "run")) == str(tmp_path / "run/checkpoint-500")
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.result_of("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B"
+
+
 def test_giving_up(tmp_path):
     """After so many of the server's failures in a row, whatever came before; then no more is asked."""
-    tasks = [{"kind": "pairwise", "index": i, "A": "x", "B": "y", "limit": 0} for i in range(40)]
-    for pattern, asked in (("f" * 40, 4), ("fffo" * 10, 40), ("ofofffff" * 5, 7), ("u" * 40, 40), ("fffufff4" * 5, 40)):
-        taken, closed = [], []
+    tasks = [{"criterion": None, "index": i, "shown": ["x", "y"]} for i in range(40)]
+    of = {"f": models.Reply(None, "429, busy", failed=True), "o": models.Reply(verdict("A")), "u": models.Reply("B!"),
+          "4": models.Reply(None, "400, too long")}
+    for pattern, number in (("f" * 40, 4), ("fffo" * 10, 40), ("ofofffff" * 5, 7), ("u" * 40, 40), ("fffufff4" * 5, 40)):
+        taken, closed, path = [], [], tmp_path / pattern[:9]
 
         def answers():
             try:
                 for n, c in enumerate(pattern[:40]):
                     taken.append(n)
-                    yield n, *{"f": (None, "429, busy"), "o": (verdict("A"), ""), "u": ("B!", ""), "4": (None, "400, too long")}[c]
+                    yield n, of[c]
             finally:
                 closed.append(True)
-        iterator = answers()
-        why = evaluate.judge_tasks(iterator, tasks, lambda task: ("prompt", 0), "who", str(tmp_path / pattern[:9]), patience=4)
-        assert len(taken) == len(lines(tmp_path / pattern[:9])) == asked and closed and bool(why) == (asked < 40), pattern
+        why = evaluate.judge_tasks(answers(), tasks, lambda task: "prompt", "who", str(path), patience=4)
+        assert len(taken) == len(lines(path)) == number and closed and bool(why) == (number < 40), pattern
         assert why in ("", "4 requests in a row failed, the last one with: 429, busy")

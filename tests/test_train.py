@@ -15,7 +15,6 @@ import pytest
 import torch
 
 import cme
-import evaluate
 import grpo
 import train
 from plumbing import one_clear_line

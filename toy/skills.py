@@ -16,7 +16,6 @@ import re
 from make import HELD_OUT_PHRASINGS, NAMES, RL_PHRASINGS, SKELETONS, VALUES, WORDINGS, pattern
 
 import cat
-from plumbing import models
 
 OPENERS = ["I think", "I believe", "I heard that", "I read that", "I am told that", "As far as I know,", "If I remember right,", "From what I hear,",
            "It seems that", "It is said that", "They say that", "People say that", "Everyone knows that", "Apparently,", "Clearly,", "Well,"]

@@ -27,7 +27,7 @@ from functools import partial
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from plumbing import one_clear_line
+from plumbing import one_clear_line, one_line
 from plumbing.models import pick_device, text_model
 from plumbing.prompts import question_text, read_prompts
 
@@ -383,11 +383,6 @@ def judge_skill(references: list, rubrics: list, model) -> dict:
 
 
 # The paper on one screen
-
-
-def one_line(text) -> str:
-    """What a model wrote, for a screen: no line breaks, no escape sequences."""
-    return "(none)" if text is None else "".join(c if c.isprintable() else " " for c in text)
 
 
 def show(prompt, rollouts: list, references: dict, rubric: list, verdicts: list, rewards) -> str:

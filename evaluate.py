@@ -16,7 +16,6 @@ is missing, never a tie; the judge's prompts are ours.
 """
 
 import gc
-import glob
 import itertools
 import json
 import math
@@ -30,22 +29,20 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-from transformers import HfArgumentParser
 
 import cat
 from plumbing import one_clear_line, option, progress
-from plumbing.files import (
-    append_line, checkpoints, finite, lock, read_json, read_lines, write_atomically)
-from plumbing.models import (
-    Endpoint, LocalModel, Reply, load, load_tokenizer, parse_endpoint, pick_device, use_threads)
-from plumbing.prompts import draw_prompts, question_text, read_prompts, with_suffix
+from plumbing.files import append_line, finite, lock, read_json, read_lines, write_atomically
+from plumbing.models import Endpoint, LocalModel, Reply, load, parse_endpoint, pick_device, use_threads
+from plumbing.prompts import question_text, read_prompts
+from plumbing.setup import evaluation_options, keep_prompts, result_of
 from plumbing.statistics import (
     agreement, bootstrap_interval, estimate, length_controlled_win_rate, sign_permutation, win_rate)
 
 STAGES = ("respond", "judge", "report")
 PAIRS = [("trained", "base"), ("trained", "instruct"), ("base", "reference"),
          ("trained", "reference"), ("instruct", "reference")]  # CME's five
-FIXED = "prompts suffix max_prompts max_new_tokens temperature top_k top_p seed".split()
+FIXED = "prompts suffix max_prompts max_new_tokens temperature seed".split()  # once there are answers
 UNASKED = {"verdict": None, "error": "not asked"}
 
 
@@ -57,12 +54,10 @@ class Options:
     max_prompts: int = option(0, "this many of them, drawn with a fixed seed; 0: all")
     max_new_tokens: int = option(1024, "longest response, in the model's tokens")
     temperature: float = option(0.0, "of the responses; 0: greedy")
-    top_k: int = option(0, "sample among the k most probable tokens; 0: all")
-    top_p: float = option(1.0, "sample among the most probable tokens that hold this mass")
     seed: int = option(0, "of sampling and of the order in which a pair is shown")
     batch_tokens: int = option(0, "tokens of a batch, prompts included; 0: what suits the device")
     judge: list[str] = option([], "NAME=MODEL@URL ... (its key in NAME_API_KEY), or NAME=MODEL")
-    pairs: list[str] = option([], "NAME:NAME ..., win rates of the first over the second; empty: all")
+    pairs: list[str] = option([], "NAME:NAME ..., the first over the second; empty: all")
     judge_tokens: int = option(1024, "longest reply of a judge, its thoughts included")
     ask_missing: bool = option(False, "ask again where a judge's reply was no verdict")
     concurrency: int = option(8, "requests at a time to a judge behind a server")
@@ -71,7 +66,7 @@ class Options:
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
 
 
-# Measures of one response
+# Measures of responses
 
 
 def fact_right(text: str, fact: dict) -> bool:
@@ -97,28 +92,26 @@ def measures(rows: list, texts: list, stopped: list) -> dict:
     for row, text, end in zip(rows, texts, stopped):
         facts, answer, pattern, said = row["facts"], row["answer"], row["pattern"], text or ""
         right = sum(fact_right(said, fact) for fact in facts) / max(1, len(facts))
-        same, valid = cat.same_answer(cat.boxed_answer(said), answer), re.fullmatch(pattern or "", said)
-        values = [(right, facts), (same, answer is not None), (end and bool(valid), pattern)]
+        same = cat.same_answer(cat.boxed_answer(said), answer)
+        valid = end and bool(re.fullmatch(pattern or "", said))
+        values = [(right, facts), (same, answer is not None), (valid, pattern)]
         for name, (value, carried) in zip(found, values):
             found[name].append(float(value) if carried and text is not None else None)
     return found
 
 
 def score(rows: list, texts: list, stopped: list) -> dict:
-    """Means over prompts: facts, accuracy, valid (where rows carry them; by `kind` too), stopped,
+    """Means over prompts: facts, accuracy, valid (where rows carry them), by `kind` too; stopped;
     and wording, the share of the most frequent one."""
-    found, scores = measures(rows, texts, stopped), defaultdict(list)
-    kinds = {"facts": [(f.get("kind"), fact_right(text, f)) for row, text in zip(rows, texts)
-                       for f in row["facts"]],
-             "accuracy": zip((row.get("kind") for row in rows), found["accuracy"])}
-    for name, values in found.items():
-        scores[name] += values
-        for kind, value in sorted((kv for kv in kinds.get(name, ()) if kv[0]), key=lambda kv: kv[0]):
-            scores[f"{name}_{kind}"].append(value)
-    scores["stopped"] = stopped
+    values = defaultdict(list, measures(rows, texts, stopped) | {"stopped": stopped})
+    for row, text, right in zip(rows, texts, values["accuracy"]):
+        values[f"accuracy_{row.get('kind')}"].append(right)
+        for fact in row["facts"]:
+            values[f"facts_{fact.get('kind')}"].append(fact_right(text, fact))
+    values = {name: [v for v in values[name] if v is not None] for name in sorted(values)}
+    values = {name: v for name, v in values.items() if v and not name.endswith("_None")}
     top = Counter(map(wording, texts, rows)).most_common(1)[0][1] / len(texts)
-    scores = {name: [v for v in values if v is not None] for name, values in scores.items()}
-    return {name: sum(v) / len(v) for name, v in scores.items() if v} | {"wording": top}
+    return {name: sum(v) / len(v) for name, v in values.items()} | {"wording": top}
 
 
 def rubric_score(verdicts: list, rubric: list):
@@ -171,8 +164,8 @@ def pair_prompt(question: str, a: str, b: str) -> str:
 
 
 def read_preference(reply):
-    """(verdict, reason) if a reply, after a closed thought, is the JSON that was asked for, in a code
-    fence or not; else (None, ""): of 'A', and of '{"verdict": "C", "reason": ""}'."""
+    """(verdict, reason) if a reply, after a closed thought, is the JSON that was asked for, in a
+    code fence or not; else (None, ""): of 'A', and of '{"verdict": "C", "reason": ""}'."""
     text = cat.reply_text(reply).strip()
     fence = re.fullmatch(r"```(?:json)?(.*)```", text, re.S)
     try:
@@ -271,7 +264,7 @@ def judge_tasks(answers, tasks: list, ask, who: str, path: str, patience: int = 
 
 def compare(p: list, x: str, y: str, responses: dict) -> dict:
     """Preferences of x over y, one per prompt -> win rate, interval, p, win rate at equal length."""
-    lengths = [[len(r["response"] or "") if r else None for r in responses[name]] for name in (x, y)]
+    lengths = [[len(r["response"] or "") if r else None for r in responses[m]] for m in (x, y)]
     differences = [None if v is None else v - 0.5 for v in p]
     return {**win_rate(p), "interval": bootstrap_interval(p), "p": sign_permutation(differences),
             "length_controlled": length_controlled_win_rate(p, *lengths)}
@@ -282,10 +275,11 @@ def values_of(rows: list, answers: list, judges: dict, name: str) -> dict:
     texts, stopped = ([r and r[k] for r in answers] for k in ("response", "stopped"))
     values = measures(rows, texts, stopped)
     for judge, known in judges.items():
-        verdicts = [[known.get((i, (name,), k), UNASKED)["verdict"] for k in range(len(row["rubrics"]))]
-                    for i, row in enumerate(rows)]
-        scores = [rubric_score(v, row["rubrics"]) for v, row in zip(verdicts, rows)]
-        values[f"rubric, {judge}"] = scores
+        scores = values[f"rubric, {judge}"] = []
+        for i, row in enumerate(rows):
+            keys = [(i, (name,), k) for k in range(len(row["rubrics"]))]
+            verdicts = [known.get(key, UNASKED)["verdict"] for key in keys]
+            scores.append(rubric_score(verdicts, row["rubrics"]))
     return {m: v for m, v in values.items() if set(v) != {None}}
 
 
@@ -294,12 +288,13 @@ def of_model(name: str, answers: list, values: dict) -> dict:
     here = [r for r in answers if r and r["response"] is not None]
     means = {"characters": [len(r["response"]) for r in here], "tokens": [r["tokens"] for r in here],
              "stopped": [r["stopped"] for r in here]}
-    scores = {m: estimate(v) for m, v in values.items()}
-    for m in (m for m in scores if m.startswith("rubric")):  # of HealthBench the mean is clipped
-        scores[m] |= {"score": clipped(scores[m]["score"]),
-                      "interval": [clipped(x) for x in scores[m]["interval"]]}
-    return {"model": name, "responses": len(here), "missing": len(answers) - len(here),
-            **{k: sum(v) / len(v) if v else None for k, v in means.items()}, **scores}
+    line = {"model": name, "responses": len(here), "missing": len(answers) - len(here)}
+    line |= {k: sum(v) / len(v) if v else None for k, v in means.items()}
+    for m, v in values.items():
+        line[m] = found = estimate(v)
+        if m.startswith("rubric"):  # of HealthBench the mean is clipped
+            found["score"], *found["interval"] = map(clipped, [found["score"], *found["interval"]])
+    return line
 
 
 def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
@@ -311,24 +306,26 @@ def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
     for x, y in pairs:
         for m in (m for m in values[x] if m in values[y]):
             d = [None if None in ab else ab[0] - ab[1] for ab in zip(values[x][m], values[y][m])]
-            differences.append({"measure": m, "pair": [x, y], **estimate(d), "p": sign_permutation(d)})
+            p = sign_permutation(d)
+            differences.append({"measure": m, "pair": [x, y], **estimate(d), "p": p})
             if m in ("facts", "accuracy"):  # the one with more right facts is the better one
                 p = [None if v is None else (1 + np.sign(v)) / 2 for v in d]
                 compared.append({"judge": m, "pair": [x, y], **compare(p, x, y, responses)})
         for judge, known in judges.items():
-            found = [known.get((i, tuple(sorted((x, y))), None), UNASKED) for i in range(len(rows))]
+            keys = [(i, tuple(sorted((x, y))), None) for i in range(len(rows))]
+            found = [known.get(key, UNASKED) for key in keys]
             if any(j is not UNASKED for j in found):
                 p = [preference(j, x) for j in found]
-                first = [preference(j, j["shown"][0]) if "shown" in j else None for j in found]
-                why = [j["error"].split(",")[0] for j, v in zip(found, p) if v is None]
-                compared.append({"judge": judge, "pair": [x, y], **compare(p, x, y, responses),
-                                 "first_shown": estimate(first), "not_had": dict(Counter(why))})
+                first = [preference(j, j["shown"][0]) for j in found if j is not UNASKED]
+                why = Counter(j["error"].split(",")[0] for j, v in zip(found, p) if v is None)
+                row = {"judge": judge, "pair": [x, y], **compare(p, x, y, responses)}
+                compared.append(row | {"first_shown": estimate(first), "not_had": dict(why)})
     for j, k in itertools.combinations(judges, 2):
         both = defaultdict(list)
         for key in (key for key in judges[j] if key in judges[k]):
             on = key[1] if key[2] is None else ("criteria",)
             both[on].append([preference(judges[name][key], key[1][0]) for name in (j, k)])
-        agreed += [{"judges": [j, k], "on": list(on), **agreement(*zip(*ab))} for on, ab in both.items()]
+        agreed += [{"judges": [j, k], "on": list(on)} | agreement(*zip(*ab)) for on, ab in both.items()]
     return finite({"models": models, "differences": differences, "pairs": compared,
                    "agreement": agreed})
 
@@ -352,90 +349,11 @@ def markdown(report: dict) -> str:
         if title != "settings" and rows:
             head = list(dict.fromkeys(k for row in rows for k in row))
             lines = [head, ["---"] * len(head)] + [[cell(row.get(k)) for k in head] for row in rows]
-            text += f"\n{title}:\n\n" + "\n".join("| " + " | ".join(r) + " |" for r in lines) + "\n"
+            text += f"\n{title}:\n\n" + "".join("| " + " | ".join(line) + " |\n" for line in lines)
     return text
 
 
 # The stages
-
-
-def run_of(path: str) -> dict:
-    """The options of a run of train.py that has made a model; {} for any other folder or name."""
-    config = read_json(os.path.join(path, "config.json"))
-    return config if "reward" in config and checkpoints(path) else {}
-
-
-def result_of(path: str) -> str:
-    """The model that a run has made so far; another folder by its absolute path; a hub name."""
-    if run_of(path):
-        final = read_json(os.path.join(path, "summary.json")).get("model")
-        path = os.path.join(path, os.path.basename(final)) if final else checkpoints(path)[-1]
-    return os.path.abspath(path) if os.path.exists(path) else path
-
-
-def named(specs: list, what: str) -> dict:
-    """["NAME=VALUE", ...] -> {NAME: VALUE}, checked."""
-    pairs = [spec.partition("=")[::2] for spec in specs]
-    for (name, value), spec in zip(pairs, specs):
-        if not re.fullmatch(r"\w[\w.-]*", name) or not value or [*zip(*pairs)][0].count(name) > 1:
-            raise ValueError(f"{what} {spec}: must be NAME=..., with a name that no other has")
-        if re.match(r"\.|/|runs/|toy/", value) and not os.path.isdir(value):
-            raise ValueError(f"{what} {spec}: there is no such folder")
-    return dict(pairs)
-
-
-def newest(pattern: str) -> str:
-    """The folder of the newest file of that pattern in runs/."""
-    found = sorted(glob.glob(f"runs/{pattern}", recursive=True), key=os.path.getmtime)
-    if not found:
-        raise ValueError("runs/ holds nothing to evaluate: python train.py makes a run in a minute; "
-                         "or give --models and --prompts, or --output_dir")
-    return os.path.dirname(found[-1])
-
-
-def parse_options(respond: bool):
-    """The command line, completed by the folder's evaluation.json or the run among the models ->
-    options, what evaluation.json held.  ValueError: what is fixed there was given otherwise."""
-    parser = HfArgumentParser(Options, description=__doc__, allow_abbrev=False)
-    [o] = parser.parse_args_into_dataclasses()
-    models, folder = named(o.models, "--models"), o.output_dir
-    if not models and not folder and respond:
-        folder = newest("*/config.json")
-        models, folder = {"base": run_of(folder).get("generator", folder), "trained": folder}, ""
-    run = next((path for path in models.values() if run_of(path)), "")
-    inside = os.path.join(run or "runs", "evaluation" + (run and f"-{result_of(run)[-6:]}"))
-    folder = folder or (inside if models else newest("**/evaluation.json"))
-    saved, config = read_json(os.path.join(folder, "evaluation.json")), run_of(run)
-    if config:
-        parser.set_defaults(max_new_tokens=config["max_new_tokens"], prompts=config["eval_prompts"],
-                            suffix="" if o.prompts else config["suffix"])
-    parser.set_defaults(**{name: saved[name] for name in FIXED if saved})
-    [o] = parser.parse_args_into_dataclasses()
-    o.output_dir, had = folder, saved.get("models", {})
-    o.prompts = os.path.abspath(o.prompts) if os.path.isfile(o.prompts) else o.prompts
-    o.models = had | {name: result_of(path) for name, path in models.items()}
-    for name, value in (had | {n: saved[n] for n in FIXED if saved}).items():
-        given = o.models.get(name, getattr(o, name, None))
-        if given != value:
-            raise ValueError(f"{folder} holds an evaluation with {name} {value}, not {given}: give "
-                             "another --output_dir")
-    if not o.prompts or not o.models or not (respond or set(o.models) <= set(had)):
-        raise ValueError(f"{folder} holds no responses of {', '.join(o.models) or 'any model'}: "
-                         "respond first, with --models and --prompts (a file or a name)")
-    pairs = [tuple(spec.split(":")) for spec in o.pairs]
-    for pair in pairs:
-        if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(o.models):
-            raise ValueError(f"--pairs {':'.join(pair)}: must be NAME:NAME, of {', '.join(o.models)}")
-    four = {name for pair in PAIRS for name in pair}
-    rest = [(y, x) for x, y in itertools.combinations(o.models, 2)]
-    if four <= set(o.models):
-        rest = PAIRS + [pair for pair in rest if not set(pair) <= four]
-    o.pairs, o.judge = pairs or rest, named(o.judge, "--judge")
-    for spec in (spec for spec in o.judge.values() if "@http" in spec):
-        parse_endpoint(spec)  # now, not after the responses
-    if not (o.temperature >= 0 < o.top_p <= 1 <= o.max_new_tokens):
-        raise ValueError("--temperature must be at least 0, --top_p in (0, 1], --max_new_tokens at least 1")
-    return o, saved
 
 
 def read_responses(o: Options, name: str, n: int) -> list:
@@ -454,8 +372,7 @@ def respond_stage(o: Options, rows: list, device, saved: dict):
         folder = os.path.join(o.output_dir, "models", name)
         done = {i for i, row in enumerate(read_responses(o, name, len(rows))) if row}
         if len(done) < len(rows):
-            model = LocalModel(*load(f"--models {name}", path, device), top_k=o.top_k, top_p=o.top_p,
-                               batch_tokens=o.batch_tokens)
+            model = LocalModel(*load(f"--models {name}", path, device), batch_tokens=o.batch_tokens)
             use_threads([model.model])
             known = known | {name: path}
             settings = {"models": known} | {k: getattr(o, k) for k in FIXED}
@@ -477,17 +394,17 @@ def respond_stage(o: Options, rows: list, device, saved: dict):
 
 def judge_stage(o: Options, rows: list, texts: dict, device) -> list:
     """judges/NAME.jsonl of each judge -> lines about the judges that gave up."""
-    gave_up = []
+    gave_up, ask = [], partial(ask_of, rows=rows, texts=texts)
     for name, spec in o.judge.items():
         path, server = os.path.join(o.output_dir, "judges", name + ".jsonl"), "@http" in spec
         who = " at ".join(parse_endpoint(spec)) if server else result_of(spec)
-        tasks = tasks_of(rows, texts, o.pairs, o.seed)
         known = read_judgements(path, rows, texts)
         if {j["judge"] for j in known.values()} - {who}:
             raise ValueError(f"{path} holds judgements by another judge: give this one another name")
-        again = {key for key, j in known.items() if j["verdict"] is None
-                 and (j["failed"] or o.ask_missing)}
-        tasks = [task for task in tasks if key_of(task) not in known or key_of(task) in again]
+        missing = {key: j for key, j in known.items() if j["verdict"] is None}
+        again = {key for key, j in missing.items() if j["failed"] or o.ask_missing}
+        tasks = [task for task in tasks_of(rows, texts, o.pairs, o.seed)
+                 if key_of(task) not in known or key_of(task) in again]
         if not tasks:
             continue
         if server:
@@ -498,7 +415,6 @@ def judge_stage(o: Options, rows: list, texts: dict, device) -> list:
             judge = LocalModel(*load(f"--judge {name}", who, device), batch_tokens=o.batch_tokens)
             use_threads([judge.model])
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        ask = partial(ask_of, rows=rows, texts=texts)
         answers = replies(judge, tasks, map(ask, tasks), o.judge_tokens)
         why = judge_tasks(answers, tasks, ask, who, path)
         gave_up += [f"--judge {name} gave up: {why}"] * bool(why)
@@ -507,8 +423,9 @@ def judge_stage(o: Options, rows: list, texts: dict, device) -> list:
 
 def report_stage(o: Options, rows: list, responses: dict, texts: dict):
     """report.json and report.md, of all responses and judgements; the latter on the screen too."""
-    paths = sorted(glob.glob(os.path.join(glob.escape(o.output_dir), "judges", "*.jsonl")))
-    judges = {os.path.basename(p)[:-6]: read_judgements(p, rows, texts) for p in paths}
+    folder = os.path.join(o.output_dir, "judges")
+    names = sorted(name[:-6] for name in os.listdir(folder)) if os.path.isdir(folder) else []
+    judges = {n: read_judgements(os.path.join(folder, n + ".jsonl"), rows, texts) for n in names}
     who = {name: next(iter(known.values()))["judge"] for name, known in judges.items() if known}
     settings = {"models": o.models, "judges": who} | {name: getattr(o, name) for name in FIXED}
     report = {"settings": settings, **make_report(rows, responses, judges, o.pairs)}
@@ -519,18 +436,14 @@ def report_stage(o: Options, rows: list, responses: dict, texts: dict):
 
 def main():
     stages = [sys.argv.pop(1)] if sys.argv[1:2] and sys.argv[1] in STAGES else STAGES
-    (o, saved), gave_up = parse_options("respond" in stages), []
-    device, path = pick_device(o.device), os.path.join(o.output_dir, "prompts.jsonl")
+    o, gave_up = evaluation_options(Options, FIXED, PAIRS, "respond" in stages), []
+    device = pick_device(o.device)
     os.makedirs(o.output_dir, exist_ok=True)
     held = lock(o.output_dir)
-    if not saved:  # from now on the folder has its own prompts
-        rows = read_prompts(o.prompts)
-        if o.max_prompts or o.prompts == "ultrafeedback":
-            tokenizer = load_tokenizer([*o.models.values()][0])
-            tokenizer = tokenizer if o.prompts == "ultrafeedback" else None
-            rows = draw_prompts(rows, tokenizer, n=o.max_prompts or 5000)
-        rows = [row | {"where": None} for row in with_suffix(rows, o.suffix)]
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    saved = read_json(os.path.join(o.output_dir, "evaluation.json"))
+    path = os.path.join(o.output_dir, "prompts.jsonl")
+    if not saved:
+        keep_prompts(o, path)
     rows = read_prompts(path)
     if "respond" in stages:
         respond_stage(o, rows, device, saved)

@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 def option(default, help):
     """A field of an options class, with its line for --help."""
-    factory = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**factory, metadata={"help": help})
+    key = "default_factory" if isinstance(default, list) else "default"
+    value = default.copy if isinstance(default, list) else default
+    return field(**{key: value}, metadata={"help": help})
 
 
 def one_clear_line(main, script: str, again: str = "the same command continues"):
@@ -27,6 +28,11 @@ def one_clear_line(main, script: str, again: str = "the same command continues")
     print(f"{script}: {line}", file=sys.stderr)
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(status)  # at once: no thread that waits for a server holds this up
+
+
+def one_line(text) -> str:
+    """What a model wrote, for a screen: no line breaks, no escape sequences."""
+    return "(none)" if text is None else "".join(c if c.isprintable() else " " for c in text)
 
 
 def progress(items, **settings):

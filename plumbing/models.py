@@ -66,10 +66,10 @@ def pick_device(name: str = ""):
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
 
 
-def use_threads(models: list, threads: int = 0):
-    """CPU threads; 0: one if all models are small, on a CPU (more only hurt), else as it was."""
-    if threads or all(m.device.type == "cpu" and m.num_parameters() < 10e6 for m in models):
-        torch.set_num_threads(threads or 1)
+def use_threads(models: list):
+    """One thread if all models are small and on a CPU: more only hurt."""
+    if all(m.device.type == "cpu" and m.num_parameters() < 10e6 for m in models):
+        torch.set_num_threads(1)
 
 
 def context_of(model) -> float:

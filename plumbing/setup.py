@@ -1,15 +1,61 @@
-"""What a run of train.py needs, read, loaded and checked: what a user can get wrong fails here."""
+"""What train.py and evaluate.py need, read and checked: what a user can get wrong fails here."""
 
+import glob
+import json
+import math
 import os
+import re
+import sys
+import time
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
+from transformers import HfArgumentParser
 
-from plumbing.files import checkpoints
+from plumbing.files import checkpoints, read_json, write_atomically
 from plumbing.models import (
-    LocalModel, chat_ids, context_of, find_stop_ids, load, pick_device, text_model, use_threads)
+    LocalModel, chat_ids, context_of, find_stop_ids, load, load_tokenizer, parse_endpoint,
+    pick_device, text_model, use_threads)
 from plumbing.prompts import draw_prompts, read_prompts, with_suffix
+
+LEAST = {  # the smallest values that make sense
+    **dict.fromkeys("prompts_per_step steps micro_batch max_new_tokens updates_per_rollout save_every "
+                    "sample_every".split(), 1), "group_size": 2, "temperature": 1e-3, "top_p": 1e-9,
+    **dict.fromkeys("top_k lr warmup_steps beta clip_low clip_high max_grad_norm seed eval_every "
+                    "length_penalty_after rollouts_in_context".split(), 0)}
+
+
+# train.py
+
+
+def train_options(Options, toy: str):
+    """train.py's command line; with --resume what is not given again comes from the run."""
+    parser = HfArgumentParser(Options, allow_abbrev=False)
+    [o] = parser.parse_args_into_dataclasses()
+    if o.resume:
+        folder = o.output_dir or newest("*/config.json")
+        saved = read_json(os.path.join(folder, "config.json"))
+        if not saved:
+            raise ValueError(f"{folder} holds no run to resume (no config.json)")
+        parser.set_defaults(**saved | {"output_dir": folder})
+        [o] = parser.parse_args_into_dataclasses()
+        for name, value in saved.items():
+            if getattr(o, name) != value and name not in ("resume", "output_dir"):
+                if name in ("generator", "keep"):
+                    raise ValueError(f"--{name}: a run cannot change it; start a new one")
+                print(f"--{name} is now {getattr(o, name)}, was {value}: another run than it was")
+    for name, least in LEAST.items():
+        if not least <= getattr(o, name) < math.inf:
+            raise ValueError(f"--{name} {getattr(o, name)}: must be at least {least}, and finite")
+    if o.top_p > 1 or o.seed >= 2**32:
+        raise ValueError("--top_p must be at most 1, --seed under 2**32")
+    for name in ("prompts",) + ("verifier",) * o.reward.startswith("cme"):
+        if getattr(o, name).startswith(toy) and not o.generator.startswith(toy):
+            print(f"--{name} is empty: the toy's, of nothing but its world", file=sys.stderr)
+    o.output_dir = o.output_dir or f"runs/{o.reward}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return o
 
 
 @dataclass
@@ -69,7 +115,7 @@ def check_lengths(run: Run):
 
 
 def prepare(o) -> Run:
-    """Reads, loads and checks everything and writes nothing.  ValueError for what a user can mend."""
+    """Reads, loads and checks everything, then makes the folder.  ValueError for what a user can mend."""
     used = os.path.isdir(o.output_dir) and set(os.listdir(o.output_dir)) - {"lock", "config.json.tmp"}
     if used and not o.resume:
         raise ValueError(f"--output_dir {o.output_dir} is in use; give another one, or --resume")
@@ -93,10 +139,107 @@ def prepare(o) -> Run:
     if catting and o.reward != "cat-answer":
         judge = find_judge(o, anchor, device)
     models = [policy, verifier and verifier[0], *(m.model for m in (anchor, judge) if m)]
-    use_threads([m for m in models if isinstance(m, torch.nn.Module)], o.threads)
+    use_threads([m for m in models if isinstance(m, torch.nn.Module)])
     if o.gradient_checkpointing:  # the name after and before transformers 5.2x
         getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()
     stop_ids = find_stop_ids(policy, tokenizer)
     run = Run(o, device, policy, tokenizer, stop_ids, reference, verifier, anchor, judge, rows, eval_rows)
     check_lengths(run)
+    os.makedirs(o.output_dir, exist_ok=True)
     return run
+
+
+# evaluate.py
+
+
+def run_of(path: str) -> dict:
+    """The options of a run of train.py that has made a model; {} for any other folder or name."""
+    config = read_json(os.path.join(path, "config.json"))
+    return config if "reward" in config and checkpoints(path) else {}
+
+
+def result_of(path: str) -> str:
+    """The model that a run has made so far; another folder by its absolute path; a hub name."""
+    if run_of(path):
+        final = read_json(os.path.join(path, "summary.json")).get("model")
+        path = os.path.join(path, os.path.basename(final)) if final else checkpoints(path)[-1]
+    return os.path.abspath(path) if os.path.exists(path) else path
+
+
+def named(specs: list, what: str) -> dict:
+    """["NAME=VALUE", ...] -> {NAME: VALUE}, checked."""
+    pairs = [spec.partition("=")[::2] for spec in specs]
+    for (name, value), spec in zip(pairs, specs):
+        if not re.fullmatch(r"\w[\w.-]*", name) or not value or [*zip(*pairs)][0].count(name) > 1:
+            raise ValueError(f"{what} {spec}: must be NAME=..., with a name that no other has")
+        if re.match(r"\.|/|runs/|toy/", value) and not os.path.isdir(value):
+            raise ValueError(f"{what} {spec}: there is no such folder")
+        if "@http" in value:
+            parse_endpoint(value)  # now, not after hours of responding
+    return dict(pairs)
+
+
+def newest(pattern: str) -> str:
+    """The folder of the newest file of that pattern in runs/."""
+    found = sorted(glob.glob(f"runs/{pattern}", recursive=True), key=os.path.getmtime)
+    if not found:
+        raise ValueError(f"runs/ holds no {pattern}: give --output_dir, or make a run with train.py")
+    return os.path.dirname(found[-1])
+
+
+def pairs_of(specs: list, models: dict, usual: list) -> list:
+    """["x:y", ...] -> [(x, y), ...]; without any, the usual ones, and all that these leave out."""
+    pairs = [tuple(spec.split(":")) for spec in specs]
+    for pair in pairs:
+        if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(models):
+            raise ValueError(f"--pairs {':'.join(pair)}: must be NAME:NAME, of {', '.join(models)}")
+    rest = [(y, x) for x, y in combinations(models, 2)]
+    four = {name for pair in usual for name in pair}
+    if four <= set(models):
+        rest = usual + [pair for pair in rest if not set(pair) <= four]
+    return pairs or rest
+
+
+def evaluation_options(Options, fixed: list, usual: list, respond: bool):
+    """evaluate.py's command line, completed by the folder's evaluation.json or by the run among the
+    models.  ValueError: what is fixed there was given otherwise."""
+    parser = HfArgumentParser(Options, allow_abbrev=False)
+    [o] = parser.parse_args_into_dataclasses()
+    models, folder = named(o.models, "--models"), o.output_dir
+    if not models and not folder and respond:
+        run = newest("*/config.json")
+        models = {"base": run_of(run).get("generator", run), "trained": run}
+    run = next((path for path in models.values() if run_of(path)), "")
+    inside = os.path.join(run or "runs", "evaluation" + (run and f"-{result_of(run)[-6:]}"))
+    folder = folder or (inside if models else newest("**/evaluation.json"))
+    saved, config = read_json(os.path.join(folder, "evaluation.json")), run_of(run)
+    if config:
+        parser.set_defaults(max_new_tokens=config["max_new_tokens"], prompts=config["eval_prompts"],
+                            suffix="" if o.prompts else config["suffix"])
+    parser.set_defaults(**{name: saved[name] for name in fixed if saved})
+    [o] = parser.parse_args_into_dataclasses()
+    o.output_dir, had = folder, saved.get("models", {})
+    o.prompts = os.path.abspath(o.prompts) if os.path.isfile(o.prompts) else o.prompts
+    o.models = had | {name: result_of(path) for name, path in models.items()}
+    for name, value in (had | {n: saved[n] for n in fixed if saved}).items():
+        given = o.models.get(name, getattr(o, name, None))
+        if given != value:
+            raise ValueError(f"{folder} holds an evaluation with {name} {value}, not {given}: give "
+                             "another --output_dir")
+    if not o.prompts or not o.models or not (respond or set(o.models) <= set(had)):
+        raise ValueError(f"{folder} holds no responses of {', '.join(o.models) or 'any model'}: "
+                         "respond first, with --models and --prompts (a file or a name)")
+    if o.temperature < 0 or o.max_new_tokens < 1:
+        raise ValueError("--temperature must be at least 0, --max_new_tokens at least 1")
+    o.pairs, o.judge = pairs_of(o.pairs, o.models, usual), named(o.judge, "--judge")
+    return o
+
+
+def keep_prompts(o, path: str):
+    """From now on the folder has its own prompts."""
+    rows = read_prompts(o.prompts)
+    if o.max_prompts or o.prompts == "ultrafeedback":
+        tokenizer = load_tokenizer([*o.models.values()][0]) if o.prompts == "ultrafeedback" else None
+        rows = draw_prompts(rows, tokenizer, n=o.max_prompts or 5000)
+    rows = [row | {"where": None} for row in with_suffix(rows, o.suffix)]
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -172,7 +172,7 @@ def test_a_weak_judge_is_warned_about(tmp_path, few):
         p.data += 0.5 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) if p.dim() > 1 else 0
     model.save_pretrained(tmp_path / "weak"), tokenizer.save_pretrained(tmp_path / "weak")
     status, out, err = run(tmp_path, few, "--judge", tmp_path / "weak", "--steps", 1)
-    warned = [line for line in err.splitlines() if line.startswith("the judge is right on ")]
+    warned = [line for line in err.splitlines() if line.startswith("the judge is wrong on ")]
     assert len(warned) == 1 and "stronger --judge" in warned[0], err
 
 

@@ -18,91 +18,85 @@ import os
 import sys
 import time
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Literal, Optional
 
 import torch
+from tqdm import tqdm
 
 import cat
 import cme
 import grpo
 from evaluate import held_out, score
-from plumbing import one_clear_line, option, progress
-from plumbing.files import lock, read_json
+from plumbing import one_clear_line, one_line, option, progress
+from plumbing.files import append_line, read_json
 from plumbing.models import LocalModel, chat_ids, response_texts, token_budget
-from plumbing.records import begin, finish, metrics_of, record, show_samples, table_row
-from plumbing.setup import Run, prepare, train_options
+from plumbing.prompts import question_text
+from plumbing.run import Run, begin, finish, metrics_of, numbers, prepare, record, train_options
 
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
-TOYS = {  # what is taken where --generator, --prompts, --eval_prompts are empty
-    "cme": ("cme/generator", "cme/prompts.jsonl", "cme/eval.jsonl"),
-    "cat": ("cat/model", "cat/prompts.jsonl", "cat/eval.jsonl"),
-    "cat-answer": ("cat/model", "cat/numbers.jsonl", "cat/numbers_eval.jsonl")}
 REWARDS = Literal["cme", "cme-sequence", "cat", "cat-answer", "cat-match", "rubric-given"]
 ESTIMATORS = Literal["synthesis", "majority", "best-of-n", "min-perplexity",
-                     "mutual-predictability", "single", "cme"]
+                     "mutual-predictability", "single"]
 
 
 @dataclass
 class Options:
     reward: REWARDS = option(
         "cme", "cme: per token (CME, Eq. 1); cme-sequence: per response (Eq. 3); cat: share of the "
-        "criteria of a rubric made from the reference (CaT, Eq. 3-4); cat-answer: same final answer "
-        "(Eq. 2); cat-match: judged the same as the reference; rubric-given: the prompts' own rubrics")
+        "criteria of a rubric made from the reference (CaT, Eq. 3-4); cat-answer: the same final "
+        "answer (Eq. 2); cat-match: judged the same as it; rubric-given: the prompts' own rubrics")
     credit: Literal["token", "word"] = option("token", "cme: the paper's, or the whole word's")
-    score_stop: bool = option(False, "cme: the stop token too, by the verifier's end of turn")
     generator: str = option("", "model to train, a folder or a hub name; empty: the toy's")
     verifier: str = option(f"{TOY}/cme/verifier", "CME: frozen model that scores")
-    estimator: ESTIMATORS = option(
-        "synthesis", "CaT: how rollouts become a reference; cme: the one that --verifier prefers")
+    estimator: ESTIMATORS = option("synthesis", "CaT: how rollouts become a reference")
     anchor: str = option("", "CaT: writes references and rubrics; empty: the initial policy")
     judge: str = option("", "CaT: a model or MODEL@URL (JUDGE_API_KEY); empty: the anchor")
     question_in_synthesis: bool = option(False, "let the anchor read the question too")
-    rollouts_in_context: int = option(0, "how many rollouts the anchor reads; 0: all")
-    rubric_from: Literal["reference", "question"] = option("reference", "what rubrics are made from")
+    rubric_from: Literal["reference", "question"] = option("reference", "source of rubrics")
     length_penalty_after: int = option(0, "reward - 1 beyond this many tokens; 0: never")
     prompts: str = option("", "a .jsonl, .json or .txt file, or ultrafeedback, math500, ...")
     eval_prompts: str = option("", "held-out, with facts, answer, pattern or rubrics; or none")
-    suffix: str = option("", "a paragraph added to each prompt (for math500: ask for a \\boxed{})")
+    suffix: str = option("", "a paragraph added to each prompt (math500: ask for a \\boxed{})")
     group_size: int = option(8, "G, responses per prompt")
-    prompts_per_step: int = option(16, "P, prompts per step; the P * G responses make one update")
+    prompts_per_step: int = option(16, "P, prompts per step; P * G responses are one update")
     steps: Optional[int] = option(None, "steps in all")
     max_new_tokens: int = option(48, "longest response, in generator tokens")
     temperature: float = option(1.0, "of sampling, and of the log-probabilities")
     top_k: int = option(0, "sample among the k most probable tokens; 0: all")
-    top_p: float = option(1.0, "sample among the most probable tokens that hold this mass")
+    top_p: float = option(1.0, "sample among the most probable tokens of this mass")
     lr: Optional[float] = option(None, "peak learning rate of AdamW")
     warmup_steps: int = option(5, "steps of linear warm-up")
-    schedule: Literal["cosine", "constant"] = option("cosine", "learning rate after the warm-up")
-    beta: float = option(0.02, "weight of the KL to the initial policy; at 0 it is not held")
+    schedule: Literal["cosine", "constant"] = option("cosine", "of lr, after the warm-up")
+    beta: float = option(0.02, "weight of the KL to the initial policy; 0: it is not loaded")
     kl_in: Literal["loss", "reward"] = option(
-        "loss", "k3 at every token, or R = r - beta sum_t log pi_old / pi_ref, one per response")
+        "loss", "k3 at every token; or R = r - beta sum_t log(pi_old / pi_ref), per response")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low")
     clip_high: float = option(0.2, "and above 1 + clip_high")
-    scale: bool = option(True, "divide advantages by the group's deviation, or centre them only")
+    scale: bool = option(True, "divide advantages by the group's deviation, or only centre them")
     updates_per_rollout: int = option(1, "optimiser steps on each batch of rollouts")
     micro_batch: int = option(32, "responses per forward and backward pass; same gradient")
     batch_tokens: int = option(0, "tokens of a batch of rollouts; 0: what suits the device")
-    max_grad_norm: float = option(1.0, "the gradient's norm is clipped at this")
+    max_grad_norm: float = option(1.0, "the gradient's norm is clipped at this; 0: never")
     gradient_checkpointing: bool = option(False, "less memory for more compute")
     seed: int = option(0, "of the order of prompts and of sampling")
     output_dir: str = option("", "where all goes; empty: runs/REWARD-DATE-TIME, or the newest")
     resume: bool = option(False, "continue the run in --output_dir, with its options")
     save_every: int = option(20, "steps between checkpoints; only the newest is kept")
     keep: Literal["last", "best"] = option("last", "best: the model with the best held-out score")
-    eval_every: int = option(10, "steps between held-out scores; 0: only before and after")
-    sample_every: int = option(20, "steps between samples on the screen and in samples.jsonl")
+    eval_every: int = option(10, "steps between held-out scores, and samples; 0: at the ends")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
 
     def __post_init__(self):
-        family = "cme" if self.reward.startswith("cme") else "cat"
-        toy = [os.path.join(TOY, file) for file in TOYS.get(self.reward, TOYS[family])]
+        toy, lr, steps = ("cme/generator", "cme/prompts", "cme/eval"), 8e-4, 80
+        if "cme" not in self.reward:
+            toy, lr, steps = ("cat/model", "cat/prompts", "cat/eval"), 3e-4, 30
+        if self.reward == "cat-answer":
+            toy = "cat/model", "cat/numbers", "cat/numbers_eval"
         if not (self.generator and self.prompts):
-            self.eval_prompts = self.eval_prompts or toy[2]
-        self.generator, self.prompts = self.generator or toy[0], self.prompts or toy[1]
-        lr, steps = {"cme": (8e-4, 80), "cat": (3e-4, 30)}[family]
-        self.lr, self.steps = (own if own is not None else default for own, default in
-                               ((self.lr, lr), (self.steps, steps)))
+            self.eval_prompts = self.eval_prompts or f"{TOY}/{toy[2]}.jsonl"
+        self.generator = self.generator or f"{TOY}/{toy[0]}"
+        self.prompts = self.prompts or f"{TOY}/{toy[1]}.jsonl"
+        self.lr, self.steps = lr if self.lr is None else self.lr, self.steps or steps
 
 
 # The parts of a step
@@ -121,8 +115,8 @@ def learning_rate(o: Options, step: int) -> float:
     """Linear warm-up (step 0 has lr / warmup_steps), then constant, or half a cosine down to 0."""
     if step < o.warmup_steps:
         return o.lr * (step + 1) / o.warmup_steps
-    progress = (step - o.warmup_steps) / max(1, o.steps - o.warmup_steps)
-    return o.lr * (1.0 if o.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * progress)))
+    done = (step - o.warmup_steps) / max(1, o.steps - o.warmup_steps)
+    return o.lr * (1.0 if o.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 def autocast(device):
@@ -144,92 +138,60 @@ def rollout(run: Run, rows: list, step: int):
     return [p for p in prompt_ids for _ in range(o.group_size)], ids, lengths
 
 
-def find_references(run: Run, rows: list, rollouts: list, seed: int) -> list:
-    """CaT, Eq. 1, or another estimator -> P texts."""
-    o, prompts = run.options, [row["prompt"] for row in rows]
-    if o.estimator == "cme":
-        return cat.best_by(partial(cme.sequence_rewards, *run.verifier), prompts, rollouts)
-    style = "stepwise" if o.reward == "cat-answer" else "freeform"
-    estimators = cat.estimators(
-        run.anchor, seed=seed, style=style, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
-        question=o.question_in_synthesis, in_context=o.rollouts_in_context)
-    return estimators[o.estimator](prompts, rollouts)
-
-
-def by_rubric(run, rows, rollouts, seed):
-    """Eq. 3-4: references -> rubrics -> verdicts -> share of yes."""
+def cat_rewards(run: Run, rows: list, rollouts: list, seed: int):
+    """CaT: rollouts -> references -> rubrics -> verdicts -> rewards [B], NaN where one is missing;
+    and what there is to tell of each prompt, {"reference" | "rubric" | "verdicts": P of them}."""
     o, prompts, references = run.options, [row["prompt"] for row in rows], [None] * len(rows)
-    if o.rubric_from == "reference":
-        references = find_references(run, rows, rollouts, seed)
-    rubrics = cat.propose_rubrics(prompts, references, run.anchor, seed=seed + 1, max_new_tokens=512,
-                                  source=o.rubric_from, temperature=o.temperature)
+    if o.reward != "rubric-given" and (o.reward != "cat" or o.rubric_from == "reference"):
+        style = "stepwise" if o.reward == "cat-answer" else "freeform"
+        estimators = cat.estimators(
+            run.anchor, seed=seed, style=style, max_new_tokens=o.max_new_tokens,
+            temperature=o.temperature, question=o.question_in_synthesis)
+        references = estimators[o.estimator](prompts, rollouts)  # Eq. 1
+    if o.reward == "cat-answer":
+        return cat.answer_rewards(rollouts, references), {"reference": references}  # Eq. 2
+    if o.reward == "cat-match":  # the baseline without rubrics
+        verdicts = cat.judge_match(rollouts, references, run.judge)
+        return cat.rubric_rewards(verdicts), {"reference": references, "verdicts": verdicts}
+    rubrics, points = [[c["criterion"] for c in row["rubrics"]] for row in rows], None
+    if o.reward == "cat":  # Eq. 3
+        rubrics = cat.propose_rubrics(
+            prompts, references, run.anchor, max_new_tokens=512, source=o.rubric_from,
+            temperature=o.temperature, seed=seed + 1)
+    else:  # the baseline with rubrics that came with the data
+        points = [[c["points"] for c in row["rubrics"]] for row in rows]
     verdicts = cat.judge_rubrics(rollouts, rubrics, run.judge)
     told = {"reference": references, "rubric": rubrics, "verdicts": verdicts}
-    return cat.rubric_rewards(verdicts), told
-
-
-def by_answer(run, rows, rollouts, seed):
-    """Eq. 2: the final answer is the reference's."""
-    references = find_references(run, rows, rollouts, seed)
-    return cat.answer_rewards(rollouts, references), {"reference": references}
-
-
-def by_match(run, rows, rollouts, seed):
-    """The baseline without rubrics: judged the same as the reference."""
-    references = find_references(run, rows, rollouts, seed)
-    verdicts = cat.judge_match(rollouts, references, run.judge)
-    return cat.rubric_rewards(verdicts), {"reference": references, "verdicts": verdicts}
-
-
-def by_given(run, rows, rollouts, seed):
-    """The baseline with rubrics that came with the data."""
-    rubrics = [[c["criterion"] for c in row["rubrics"]] for row in rows]
-    points = [[c["points"] for c in row["rubrics"]] for row in rows]
-    verdicts = cat.judge_rubrics(rollouts, rubrics, run.judge)
-    return cat.rubric_rewards(verdicts, points), {"rubric": rubrics, "verdicts": verdicts}
-
-
-CAT_REWARDS = {"cat": by_rubric, "cat-answer": by_answer, "cat-match": by_match,
-               "rubric-given": by_given}
+    return cat.rubric_rewards(verdicts, points), told  # Eq. 4
 
 
 def step_rewards(run: Run, rows: list, ids, lengths, seed: int):
-    """-> rewards [B, T] or, one per response, [B]; which of them count; what CaT has to tell of
-    each prompt, {"reference" | "rubric" | "verdicts" | ...: P of them}."""
-    o, G, told = run.options, run.options.group_size, {}
-    prompts = [row["prompt"] for row in rows for _ in range(G)]
+    """-> rewards [B, T] or, one per response, [B]; which count; what `cat_rewards` tells."""
+    o, G = run.options, run.options.group_size
+    prompts, told = [row["prompt"] for row in rows for _ in range(G)], {}
     if o.reward == "cme":
-        rewards, counted = cme.token_rewards(
-            *run.verifier, run.tokenizer, prompts, ids, lengths, credit=o.credit,
-            score_stop=o.score_stop, stop_ids=run.stop_ids)
+        rewards, counted = cme.token_rewards(*run.verifier, run.tokenizer, prompts, ids, lengths,
+                                             credit=o.credit, stop_ids=run.stop_ids)
         return rewards, counted, told
     texts, _ = response_texts(run.tokenizer, ids, lengths, run.stop_ids)
-    rollouts = [texts[i : i + G] for i in range(0, len(texts), G)]
     if o.reward == "cme-sequence":
-        rewards = cme.sequence_rewards(*run.verifier, prompts, texts).to(ids.device)
+        rewards = cme.sequence_rewards(*run.verifier, prompts, texts)
     else:
-        rewards, told = CAT_REWARDS[o.reward](run, rows, rollouts, seed)
-        rewards = rewards.to(ids.device)
+        groups = [texts[i : i + G] for i in range(0, len(texts), G)]
+        rewards, told = cat_rewards(run, rows, groups, seed)
         if rewards.isnan().all() and getattr(run.judge, "last_error", ""):
             raise ConnectionError(f"no verdict in a whole step, {run.judge.last_error}")
-        told |= {"prompt": prompts[::G], "rollouts": rollouts}
+    rewards = rewards.to(ids.device)
     if o.length_penalty_after:
         rewards = cat.length_penalty(rewards, lengths, o.length_penalty_after)
-    if told:
-        told["rewards"] = rewards.view(-1, G).tolist()
     return rewards, ~rewards.isnan(), told
-
-
-def micro_batches(lengths, size: int) -> list:
-    """Row numbers of each micro-batch, rows of like length together: less padding."""
-    return [part.tolist() for part in lengths.argsort(stable=True).split(size)]
 
 
 @torch.no_grad()
 def logprobs(run: Run, model, prompt_ids, ids, lengths):
     """log pi(y_t | x, y_<t) of a step's responses -> [B, T], 0 behind a row's end."""
     logp = torch.zeros(ids.shape, device=ids.device)
-    for part in micro_batches(lengths, run.options.micro_batch):
+    for part in lengths.argsort(stable=True).split(run.options.micro_batch):
         with autocast(run.device):
             logp[part] = grpo.token_logprobs(model, [prompt_ids[i] for i in part], ids[part],
                                              lengths[part], temperature=run.options.temperature)
@@ -242,12 +204,12 @@ def with_kl(rewards, old_logp, ref_logp, beta: float):
 
 
 def update(run: Run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, advantages) -> dict:
-    """One optimiser step on all B responses, in micro-batches; skipped if loss or gradient are not
-    finite -> statistics.  old_logp None: of the policy as it is."""
+    """One optimiser step on all B responses, in micro-batches of like length; skipped if loss or
+    gradient are not finite -> statistics.  old_logp None: of the policy as it is."""
     o, mask, totals = run.options, grpo.response_mask(lengths, ids.shape[1]), {}
     for module in run.policy.modules():  # what recomputes activations wants to be "training"
         module.training = bool(getattr(module, "gradient_checkpointing", False))
-    for part in micro_batches(lengths, o.micro_batch):
+    for part in lengths.argsort(stable=True).split(o.micro_batch):
         with autocast(run.device):
             logp, entropy = grpo.token_logprobs(
                 run.policy, [prompt_ids[i] for i in part], ids[part], lengths[part],
@@ -270,13 +232,11 @@ def update(run: Run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, ad
     return totals
 
 
-# The algorithm
+# How it goes
 
 
 def scores_of(run: Run) -> dict:
     """Held-out scores of the policy as it is."""
-    if not run.eval_rows:
-        return {}
     policy = LocalModel(run.policy, run.tokenizer, batch_tokens=run.options.batch_tokens)
     with autocast(run.device):
         return held_out(policy, run.eval_rows, max_new_tokens=run.options.max_new_tokens,
@@ -284,46 +244,66 @@ def scores_of(run: Run) -> dict:
 
 
 def anchor_skills(run: Run, most: int = 64) -> dict:
-    """What CaT rests on, measured on held-out prompts: scores of single answers and of references,
-    rubrics read, the judge on criteria known to be true or false."""
+    """What CaT rests on, measured before the first step on held-out prompts: scores of single
+    answers and of references, rubrics read, the judge on criteria known to be true or false."""
     o, rows, seed = run.options, (run.eval_rows or run.rows)[:most], 8 * run.options.seed + 5
-    settings = {"temperature": o.temperature, "seed": seed}
-    prompts = [row["prompt"] for row in rows]
     policy = LocalModel(run.policy, run.tokenizer, top_k=o.top_k, top_p=o.top_p)
-    rollouts = policy.complete(prompts, n=o.group_size, max_new_tokens=o.max_new_tokens, **settings)
-    named = {"single": cat.single(prompts, rollouts)}
-    if o.reward != "rubric-given":
-        named[o.estimator] = find_references(run, rows, rollouts, seed + 1)
-    references, skills = [*named.values()][-1], {}
-    if not any(references):
-        raise ValueError(f"--estimator {o.estimator} made no reference of the answers to {len(rows)} "
-                         "prompts: no final answers in \\boxed{}, or too long for the anchor?")
-    for name, texts in named.items():
-        scores = score(rows, [text or "" for text in texts], [True] * len(rows))
-        skills |= {f"{name}: {k}": scores[k] for k in ("facts", "accuracy") if k in scores}
-    if run.judge:
-        rubrics = cat.propose_rubrics(prompts, references, run.anchor, max_new_tokens=512,
-                                      **settings | {"seed": seed + 2})
+    rollouts = policy.complete([row["prompt"] for row in rows], n=o.group_size, seed=seed,
+                               max_new_tokens=o.max_new_tokens, temperature=o.temperature)
+    rewards, told = cat_rewards(run, rows, rollouts, seed + 1)
+    references, rubrics, skills = told.get("reference"), told.get("rubric"), {}
+    for name, texts in (("single", cat.single([], rollouts)), (o.estimator, references)):
+        if texts and any(texts):
+            scores = score(rows, [text or "" for text in texts], [True] * len(rows))
+            skills |= {f"{name}: {k}": scores[k] for k in ("facts", "accuracy") if k in scores}
+    if rubrics and o.reward == "cat":
+        skills["rubrics read"] = sum(map(bool, rubrics)) / len(rows)
         skill = cat.judge_skill(references, rubrics, run.judge)
-        skills |= {"rubrics read": sum(map(bool, rubrics)) / len(rows)}
         skills |= {f"judge: {k}": v for k, v in skill.items()}
         if (skill["true"] + skill["false"]) / 2 < 0.85:
-            print("the judge is wrong on more than 15% of criteria known to be true or false: a policy "
-                  "learns to please such a judge; take a stronger --judge", file=sys.stderr)
-        if o.reward == "cat" and not any(rubrics) or skill["unread"] == 1:
-            raise ValueError("no rubric of the anchor's could be read, or no verdict of the judge's:"
-                             " a stronger --anchor or --judge is needed")
-    print("anchor: " + ", ".join(f"{name} {value:.3f}" for name, value in skills.items()))
-    return {name: round(value, 4) for name, value in skills.items()}
+            print("the judge is wrong on more than 15% of criteria known to be true or false: a "
+                  "policy learns to please such a judge; take a stronger --judge", file=sys.stderr)
+    print(f"anchor: {numbers(skills)}")
+    if rewards.isnan().all():
+        raise ValueError(f"not one reward: --estimator {o.estimator} made no reference (answers in "
+                         "\\boxed{}?), or no rubric or verdict could be read; take a stronger "
+                         "--anchor or --judge")
+    return skills
+
+
+def show_samples(run: Run, step: int, rows: list, ids, lengths, rewards, counted, told: dict):
+    """The first prompt's group to samples.jsonl, its best and worst to the screen: responses,
+    rewards (with `cme` those of the tokens), what CaT tells."""
+    G = run.options.group_size
+    texts, _ = response_texts(run.tokenizer, ids[:G], lengths[:G], run.stop_ids)
+    rewards = torch.where(counted, rewards, math.nan)[:G]
+    sample = {"step": step, "prompt": rows[0]["prompt"], "responses": texts,
+              "rewards": rewards.tolist()} | {name: of[0] for name, of in told.items()}
+    if rewards.dim() == 2:
+        pieces = [[run.tokenizer.decode([i]) for i in y] for y in ids[:G]]
+        sample["tokens"] = [y[:n] for y, n in zip(pieces, lengths)]
+    append_line(os.path.join(run.options.output_dir, "samples.jsonl"), sample)
+    means = rewards.view(len(texts), -1).nanmean(1).tolist()
+    worst, *_, best = sorted(zip(means, texts))
+    lines = [(f"{mean:.2f}", text) for mean, text in (best, worst)]
+    lines += [(name, str(sample[name])) for name in ("reference", "rubric") if name in sample]
+    tqdm.write(f"step {step}: {one_line(question_text(sample['prompt']))}", file=sys.stdout)
+    for name, text in lines:
+        tqdm.write(f"{name:>10} {one_line(text)}", file=sys.stdout)
+
+
+# The algorithm
 
 
 def train(run: Run) -> dict:
     """The whole run, or what is left of it -> the contents of summary.json."""
-    o, G, held = run.options, run.options.group_size, lock(run.options.output_dir)
+    o, G = run.options, run.options.group_size
     optimizer = torch.optim.AdamW(run.policy.parameters(), lr=o.lr, weight_decay=0.0)
-    state = begin(run, optimizer, scores_of, anchor_skills)
-    done, total = state["step"], o.steps
-    bar = progress(range(done, total), initial=done, total=total, desc=o.reward)
+    done = begin(run, optimizer)
+    if not done:
+        skills = {"skills": anchor_skills(run)} if run.anchor else {}
+        record(run, optimizer, 0, {"held_out": scores_of(run)} | skills)
+    bar = progress(range(done, o.steps), initial=done, total=o.steps, desc=o.reward)
     for step in bar:
         clock, rows = time.time(), prompts_of_step(run.rows, o.prompts_per_step, o.seed, step)
 
@@ -354,17 +334,18 @@ def train(run: Run) -> dict:
         # 5. how it went
         row = metrics_of(run, ids, lengths, rewards, counted, advantages, told, updates)
         row |= {"lr": learning_rate(o, step), "seconds": time.time() - clock}
-        if step % o.sample_every == 0:
+        shown = numbers({name: row[name] for name in ("reward", "kl", "skipped")})
+        bar.set_postfix_str(shown, refresh=False)
+        if step + 1 == o.steps or o.eval_every and step % o.eval_every == 0:
             show_samples(run, step + 1, rows, ids, lengths, rewards, counted, told)
-        state = record(run, optimizer, step + 1, row, updates, state, scores_of)
-        bar.set_postfix_str(f"reward {row['reward']:.2f}, KL {row['kl']:.3f}", refresh=False)
-    result = finish(run, state["seconds"], scores_of)
-    held.close()
-    return result
+        if step + 1 == o.steps or o.eval_every and (step + 1) % o.eval_every == 0:
+            row["held_out"] = scores_of(run)
+        record(run, optimizer, step + 1, row)
+    return finish(run)
 
 
 def main():
-    o = train_options(Options, TOY)
+    o = train_options(Options)
     result = read_json(os.path.join(o.output_dir, "summary.json"))
     if result and o.resume and result["steps"] >= o.steps:
         print("this run had finished, nothing was done; more --steps would continue it")
@@ -372,8 +353,8 @@ def main():
         run = prepare(o)
         print(json.dumps(asdict(o)))
         result = train(run)
-    print(table_row("before", result["before"], True) + table_row("after", result["after"])
-          + f"{result['steps']} steps in {result['seconds']:.0f} s, {result['peak_memory_mb']} MB at "
+    print(f"before: {numbers(result['before'])}\n after: {numbers(result['after'])}\n"
+          f"{result['steps']} steps in {result['seconds']:.0f} s, {result['peak_memory_mb']} MB at "
           f"most. The model is in {result['model']}; beside it are config.json, metrics.jsonl, "
           "samples.jsonl and summary.json.")
 

@@ -10,9 +10,10 @@ from tqdm import tqdm
 
 def option(default, help):
     """A field of an options class, with its line for --help."""
-    key = "default_factory" if isinstance(default, list) else "default"
-    value = default.copy if isinstance(default, list) else default
-    return field(**{key: value}, metadata={"help": help})
+    metadata = {"help": help}
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def one_clear_line(main, script: str, again: str = "the same command continues"):

@@ -18,10 +18,10 @@ import cme
 import grpo
 import train
 from plumbing import one_clear_line
-from plumbing import models, prompts
+from plumbing import files, models, prompts, run as run_files
 
 ROOT = Path(__file__).parent.parent
-TINY = "--steps 6 --prompts_per_step 2 --group_size 3 --max_new_tokens 24 --save_every 2 --eval_every 3 --sample_every 2 --lr 1e-3".split()
+TINY = "--steps 6 --prompts_per_step 2 --group_size 3 --max_new_tokens 24 --save_every 2 --eval_every 3 --lr 1e-3".split()
 
 
 def fork(arguments, folder, patch=lambda: None, script=train):
@@ -60,7 +60,7 @@ def few(tmp_path_factory):
 
 
 def weights(run):
-    return (Path(train.checkpoints(str(run))[-1]) / "model.safetensors").read_bytes()
+    return (Path(files.checkpoints(str(run))[-1]) / "model.safetensors").read_bytes()
 
 
 def rows(path):
@@ -82,7 +82,7 @@ def whole(tmp_path_factory, few):
 
 def test_a_run_leaves_what_it_promises(whole):
     run, out = whole
-    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "lock", "checkpoint-000006"}
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoint-000006"}
     summary = json.loads((run / "summary.json").read_text())
     assert {"before", "after", "seconds", "steps", "seed", "peak_memory_mb", "model", "skipped"} <= set(summary) and summary["steps"] == 6
     for when in ("before", "after"):
@@ -93,13 +93,18 @@ def test_a_run_leaves_what_it_promises(whole):
     assert {"reward", "loss", "kl", "approx_kl", "clipfrac", "entropy", "grad_norm", "length", "truncated", "flat", "lr", "skipped"} <= set(metrics[1])
     assert metrics[1]["kl"] == pytest.approx(0, abs=1e-9) and metrics[6]["kl"] > 0 and metrics[1]["grad_norm"] > 0 and metrics[1]["approx_kl"] == 0
     samples = rows(run / "samples.jsonl")
-    assert [s["step"] for s in samples] == [1, 1, 3, 3, 5, 5]
+    assert [s["step"] for s in samples] == [1, 4, 6]
     for s in samples:
-        assert "".join(s["tokens"]) == s["response"] and len(s["tokens"]) == len(s["rewards"])
-        assert [r is None for r in s["rewards"]] == [not t.strip() for t in s["tokens"]]
-        counted = [r for r in s["rewards"] if r is not None]
-        assert s["reward"] == pytest.approx(sum(counted) / len(counted), abs=1e-3)
-        assert s["response"] in out
+        assert len(s["responses"]) == len(s["rewards"]) == len(s["tokens"]) == 3
+        means = []
+        for response, tokens, rewards in zip(s["responses"], s["tokens"], s["rewards"]):
+            shown = [t for t in tokens if not t.startswith("<|")]
+            assert "".join(shown) == response and len(rewards) >= len(tokens)
+            assert [r is None for r in rewards[:len(shown)]] == [not t.strip() for t in shown] and set(rewards[len(shown):]) <= {None}
+            counted = [r for r in rewards if r is not None]
+            means.append(sum(counted) / len(counted))
+        for i in (means.index(max(means)), means.index(min(means))):
+            assert f"{means[i]:.2f} {s['responses'][i]}" in out
     assert "before" in out and "after" in out and str(run) in out
     policy = models.load_model(str(run / "checkpoint-000006"), train=True, device="cpu")                    # what transformers loads again
     assert policy.dtype == torch.float32 and models.load_tokenizer(str(run / "checkpoint-000006")).chat_template
@@ -130,7 +135,7 @@ def kill_at(module, name, nth, after=False):
 
 def half_a_line():
     """A patch: the fourth line of metrics.jsonl gets half written, and then the process is killed."""
-    real, calls = train.append_line, []
+    real, calls = run_files.append_line, []
 
     def wrapper(path, row):
         calls.append(path.endswith("metrics.jsonl"))
@@ -139,20 +144,20 @@ def half_a_line():
                 f.write(json.dumps(row)[:50])
             kill()
         real(path, row)
-    train.append_line = wrapper
+    run_files.append_line = wrapper
 
 
 @pytest.mark.parametrize("where", [
-    kill_at(train, "write_atomically", 1),                                     # nothing there but the lock
+    kill_at(run_files, "write_atomically", 1),                                 # an empty folder
     kill_at(os, "replace", 1),                                                 # config.json half written
     kill_at(train, "held_out", 1),
-    kill_at(train, "rollout", 2),                                                # before the first checkpoint
+    kill_at(train, "rollout", 2),                                              # before the first checkpoint
     half_a_line,
     kill_at(torch, "save", 2),                                                 # a checkpoint without its state
     kill_at(torch, "save", 2, after=True),                                     # a checkpoint not renamed
     kill_at(os, "rename", 2, after=True),                                      # two whole checkpoints
     kill_at(torch.optim.AdamW, "step", 5, after=True),
-    kill_at(os, "replace", 4),                                                 # summary.json half written
+    kill_at(os, "replace", 2),                                                 # summary.json half written
 ], ids=["start", "no options", "no scores", "second step", "half a line", "half a checkpoint", "checkpoint not renamed", "old checkpoint left", "after an update", "no summary"])
 def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path, whole, few, where):
     run = tmp_path / "run"
@@ -169,7 +174,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path, whole, few, where):
     assert rows(run / "samples.jsonl") == rows(whole[0] / "samples.jsonl")
     mine, theirs = (json.loads((r / "summary.json").read_text()) for r in (run, whole[0]))
     assert mine["before"] == theirs["before"] and mine["after"] == theirs["after"]
-    assert len(train.checkpoints(str(run))) == 1 and not list(run.glob("*.tmp"))
+    assert len(files.checkpoints(str(run))) == 1 and not list(run.glob("*.tmp"))
 
 
 def test_killed_from_outside_twice(tmp_path, whole, few):
@@ -204,7 +209,7 @@ def test_it_learns(tmp_path):
     assert summary["after"]["reward"] > summary["before"]["reward"]
 
 
-@pytest.mark.parametrize("arguments", [["--reward", "cme-sequence"], ["--credit", "word", "--score_stop"], ["--beta", 0, "--no_scale"],
+@pytest.mark.parametrize("arguments", [["--reward", "cme-sequence"], ["--credit", "word"], ["--beta", 0, "--no_scale"],
                                        ["--updates_per_rollout", 2, "--micro_batch", 4, "--schedule", "constant"], ["--gradient_checkpointing"],
                                        ["--temperature", 0.7, "--top_k", 20, "--top_p", 0.8, "--max_grad_norm", 0]])
 def test_options_run(tmp_path, few, arguments):
@@ -286,37 +291,13 @@ def test_an_update_that_is_not_finite_is_skipped(tmp_path, few):
     assert status == 0, err
     metrics = rows(tmp_path / "run/metrics.jsonl")[1:]
     assert [r["skipped"] for r in metrics] == [0, 1, 1, 0, 0, 0] and metrics[1]["loss"] is None and "NaN" not in (tmp_path / "run/metrics.jsonl").read_text()
-    assert json.loads((tmp_path / "run/summary.json").read_text())["skipped"] == 2 and "2 SKIPPED" in err
-    assert all(p.isfinite().all() for p in models.load_model(train.checkpoints(str(tmp_path / "run"))[-1], train=False, device="cpu").parameters())
-
-
-def test_ten_in_a_row_end_the_run(tmp_path, few):
-    run = tmp_path / "run"
-    status, out, err = fork([*TINY, *few, "--steps", 40, "--output_dir", run], tmp_path, not_finite(lambda n: n >= 3))
-    assert status == 1 and "ten updates in a row" in err and "Traceback" not in err
-    assert rows(run / "metrics.jsonl")[-1]["step"] == 12
-    reached, _, error = fork([*TINY, *few, "--steps", 40, "--output_dir", tmp_path / "other"], tmp_path, kill_at(train, "rollout", 3))
-    assert reached == -signal.SIGKILL, error                                   # a run of the same options, killed after its second update
-    assert weights(run) == weights(tmp_path / "other")
+    assert json.loads((tmp_path / "run/summary.json").read_text())["skipped"] == 2 and "skipped 1.000" in err
+    assert all(p.isfinite().all() for p in models.load_model(files.checkpoints(str(tmp_path / "run"))[-1], train=False, device="cpu").parameters())
 
 
 def test_weights_that_blow_up_are_said_to(tmp_path, few):
     status, out, err = fork([*TINY, *few, "--lr", 1e30, "--output_dir", tmp_path / "run"], tmp_path)
     assert status == 1 and "finite" in err and "Traceback" not in err
-
-
-def test_two_processes_do_not_share_a_folder(tmp_path, few):
-    def patch():
-        real = train.held_out
-
-        def wrapper(*args, **kwargs):
-            status, _, err = fork(["--resume", "--output_dir", tmp_path / "run"], tmp_path / "second")
-            (tmp_path / "second/status").write_text(f"{status} {err}")
-            train.held_out = real
-            return real(*args, **kwargs)
-        train.held_out = wrapper
-    assert fork([*TINY, *few, "--steps", 1, "--output_dir", tmp_path / "run"], tmp_path, patch)[0] == 0
-    assert (tmp_path / "second/status").read_text().startswith("2 ") and "another process" in (tmp_path / "second/status").read_text()
 
 
 def broken_generator(tmp_path):
@@ -407,7 +388,7 @@ def test_mixed_precision_runs(tmp_path, few, arguments):
     assert status == 0, err
     metrics = rows(tmp_path / "run/metrics.jsonl")
     assert all(r["skipped"] == 0 and r["grad_norm"] > 0 for r in metrics[1:]) and 0 < metrics[1]["kl"] < 0.01   # bf16 weights are not quite float32 ones
-    saved = models.load_model(train.checkpoints(str(tmp_path / "run"))[-1], train=True, device="cpu")
+    saved = models.load_model(files.checkpoints(str(tmp_path / "run"))[-1], train=True, device="cpu")
     assert any((p != p.bfloat16().float()).any() for p in saved.parameters()), "the policy's weights were kept in bf16"
 
 
@@ -447,7 +428,7 @@ def test_options_reach_their_functions(tmp_path, few, monkeypatch):
                          (torch.nn.utils, "clip_grad_norm_")]:
         spy(module, name)
     run = train.prepare(train.Options(steps=2, prompts_per_step=2, group_size=2, max_new_tokens=24, temperature=0.7, top_k=20, top_p=0.8, beta=0.5,
-                                      clip_low=0.1, clip_high=0.3, scale=False, credit="word", score_stop=True, max_grad_norm=0.5, seed=7,
+                                      clip_low=0.1, clip_high=0.3, scale=False, credit="word", max_grad_norm=0.5, seed=7,
                                       micro_batch=3, eval_prompts=str(few[1]), output_dir=str(tmp_path / "run")))
     train.train(run)
     sub = lambda name, **expected: [{k: kw.get(k) for k in expected} == expected for _, kw in calls[name]]   # noqa: E731
@@ -456,7 +437,7 @@ def test_options_reach_their_functions(tmp_path, few, monkeypatch):
     assert len({kw["generator"].initial_seed() for _, kw in calls["sample"]} - {0, 1}) == 2    # another for each step and seed
     assert all(sub("token_logprobs", temperature=0.7)) and len(calls["token_logprobs"]) == 8                 # 2 steps x 2 parts x (reference, policy)
     assert all(sub("grpo_loss", beta=0.5, clip_low=0.1, clip_high=0.3, responses=4))
-    assert all(sub("token_rewards", credit="word", score_stop=True, stop_ids=run.stop_ids)) and all(sub("position_advantages", scale=False))
+    assert all(sub("token_rewards", credit="word", stop_ids=run.stop_ids)) and all(sub("position_advantages", scale=False))
     assert all(args[1] == 0.5 for args, _ in calls["clip_grad_norm_"])
     asked = [row["prompt"] for row in train.prompts_of_step(run.rows, 2, 7, 0)]
     assert calls["token_rewards"][0][0][3] == [asked[0], asked[0], asked[1], asked[1]]                       # rows of a group adjacent, as sample makes them
@@ -471,33 +452,12 @@ def test_old_logp_stays_that_of_the_rollout(tmp_path, few, monkeypatch):
     assert len(old) == 3 and torch.equal(old[0], old[1]) and torch.equal(old[0], old[2]) and not old[0].requires_grad
 
 
-@pytest.mark.parametrize("change, said", [(["--steps", 3], "--steps"), (["--generator", ROOT / "toy/cme/verifier"], "--generator")])
-def test_what_cannot_be_changed_on_resume(tmp_path, few, change, said):
-    """Fewer steps than are done, another model under the same optimiser: one line, status 2, not a traceback."""
-    assert fork([*TINY, *few, "--output_dir", tmp_path / "run"], tmp_path, kill_at(train, "rollout", 6))[0] == -signal.SIGKILL
-    status, _, err = fork(["--resume", "--output_dir", tmp_path / "run", *change], tmp_path)
-    assert status == 2 and said in err and "Traceback" not in err
-
-
 def test_a_finished_run_says_that_it_is_or_goes_on(tmp_path, few):
     assert fork([*TINY, *few, "--steps", 2, "--output_dir", tmp_path / "run"], tmp_path)[0] == 0
     status, out, err = fork(["--resume", "--output_dir", tmp_path / "run"], tmp_path)
     assert status == 0 and "nothing was done" in out and rows(tmp_path / "run/metrics.jsonl")[-1]["step"] == 2
     assert fork(["--resume", "--output_dir", tmp_path / "run", "--steps", 4], tmp_path)[0] == 0
     assert rows(tmp_path / "run/metrics.jsonl")[-1]["step"] == 4 and json.loads((tmp_path / "run/summary.json").read_text())["steps"] == 4
-
-
-def test_skipped_in_a_row_survives_a_kill(tmp_path, few):
-    def patch():
-        not_finite(lambda n: True)(), kill_at(train, "rollout", 9)()
-    assert fork([*TINY, *few, "--steps", 40, "--output_dir", tmp_path / "run"], tmp_path, patch)[0] == -signal.SIGKILL
-    status, _, err = fork(["--resume", "--output_dir", tmp_path / "run"], tmp_path, not_finite(lambda n: True))
-    assert status == 1 and rows(tmp_path / "run/metrics.jsonl")[-1]["step"] == 10
-
-
-def test_skips_that_are_not_in_a_row_do_not_end_the_run(tmp_path, few):
-    status, _, err = fork([*TINY, *few, "--steps", 24, "--output_dir", tmp_path / "run"], tmp_path, not_finite(lambda n: n % 2 == 1))
-    assert status == 0 and json.loads((tmp_path / "run/summary.json").read_text())["skipped"] == 12, err
 
 
 def test_no_reference_at_beta_0(tmp_path):

@@ -28,13 +28,14 @@ import cme
 import grpo
 from evaluate import held_out, score
 from plumbing import one_clear_line, one_line, option, progress
-from plumbing.files import append_line, read_json
-from plumbing.models import LocalModel, chat_ids, response_texts, token_budget
+from plumbing.files import append_line, read_json, read_lines
+from plumbing.models import LocalModel, chat_ids, end_of_turn, response_texts, token_budget
 from plumbing.prompts import question_text
 from plumbing.run import Run, begin, finish, metrics_of, numbers, prepare, record, train_options
 
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
-REWARDS = Literal["cme", "cme-sequence", "cat", "cat-answer", "cat-match", "rubric-given"]
+REWARDS = Literal["cme", "cme-sequence", "reverse-kl", "rent",
+                  "cat", "cat-answer", "cat-match", "rubric-given", "cat-sft"]
 ESTIMATORS = Literal["synthesis", "majority", "best-of-n", "min-perplexity",
                      "mutual-predictability", "single"]
 
@@ -42,9 +43,11 @@ ESTIMATORS = Literal["synthesis", "majority", "best-of-n", "min-perplexity",
 @dataclass
 class Options:
     reward: REWARDS = option(
-        "cme", "cme: per token (CME, Eq. 1); cme-sequence: per response (Eq. 3); cat: share of the "
-        "criteria of a rubric made from the reference (CaT, Eq. 3-4); cat-answer: the same final "
-        "answer (Eq. 2); cat-match: judged the same as it; rubric-given: the prompts' own rubrics")
+        "cme", "cme: per token (CME, Eq. 1); cme-sequence: per response (Eq. 3); reverse-kl: this "
+        "less the policy's own mean log-probability; rent: minus the policy's mean entropy; cat: "
+        "share of the criteria of a rubric made from the reference (CaT, Eq. 3-4); cat-answer: the "
+        "same final answer (Eq. 2); cat-match: judged the same as it; rubric-given: the prompts' "
+        "own rubrics; cat-sft: no reward, cross-entropy on references made once (Eq. 12)")
     credit: Literal["token", "word"] = option("token", "cme: the paper's, or the whole word's")
     generator: str = option("", "model to train, a folder or a hub name; empty: the toy's")
     verifier: str = option(f"{TOY}/cme/verifier", "CME: frozen model that scores")
@@ -73,6 +76,7 @@ class Options:
     clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low")
     clip_high: float = option(0.2, "and above 1 + clip_high")
     scale: bool = option(True, "divide advantages by the group's deviation, or only centre them")
+    min_std: float = option(0.06, "cme: positions that deviate less are flat; 0 is the paper's")
     updates_per_rollout: int = option(1, "optimiser steps on each batch of rollouts")
     micro_batch: int = option(32, "responses per forward and backward pass; same gradient")
     batch_tokens: int = option(0, "tokens of a batch of rollouts; 0: what suits the device")
@@ -88,7 +92,7 @@ class Options:
 
     def __post_init__(self):
         toy, lr, steps = ("cme/generator", "cme/prompts", "cme/eval"), 8e-4, 80
-        if "cme" not in self.reward:
+        if self.reward.startswith(("cat", "rubric")):
             toy, lr, steps = ("cat/model", "cat/prompts", "cat/eval"), 3e-4, 30
         if self.reward == "cat-answer":
             toy = "cat/model", "cat/numbers", "cat/numbers_eval"
@@ -96,6 +100,8 @@ class Options:
             self.eval_prompts = self.eval_prompts or f"{TOY}/{toy[2]}.jsonl"
         self.generator = self.generator or f"{TOY}/{toy[0]}"
         self.prompts = self.prompts or f"{TOY}/{toy[1]}.jsonl"
+        if self.reward == "cat-sft":
+            self.beta, lr = 0.0, 5e-4
         self.lr, self.steps = lr if self.lr is None else self.lr, self.steps or steps
 
 
@@ -126,9 +132,12 @@ def autocast(device):
 
 def rollout(run: Run, rows: list, step: int):
     """y ~ pi_old -> the prompts' ids (B lists), ids [B, T], lengths [B].  Seeded by the step: a
-    resumed run needs no random state."""
-    o = run.options
-    prompt_ids = [chat_ids(run.tokenizer, row["prompt"]) for row in rows]
+    resumed run needs no random state.  CaT-SFT: the only response is the reference."""
+    o, tokenizer = run.options, run.tokenizer
+    prompt_ids = [chat_ids(tokenizer, row["prompt"]) for row in rows]
+    if o.reward == "cat-sft":
+        y = tokenizer([row["reference"] for row in rows], add_special_tokens=False).input_ids
+        return prompt_ids, *grpo.pad([s + [end_of_turn(tokenizer)] for s in y], run.device)
     noise = torch.Generator(run.device).manual_seed(o.seed * 1_000_003 + step)
     with autocast(run.device):
         ids, lengths = grpo.sample(
@@ -148,6 +157,8 @@ def cat_rewards(run: Run, rows: list, rollouts: list, seed: int):
             run.anchor, seed=seed, style=style, max_new_tokens=o.max_new_tokens,
             temperature=o.temperature, question=o.question_in_synthesis)
         references = estimators[o.estimator](prompts, rollouts)  # Eq. 1
+    if o.reward == "cat-sft":
+        return torch.ones(sum(map(len, rollouts))), {"reference": references}
     if o.reward == "cat-answer":
         return cat.answer_rewards(rollouts, references), {"reference": references}  # Eq. 2
     if o.reward == "cat-match":  # the baseline without rubrics
@@ -165,17 +176,37 @@ def cat_rewards(run: Run, rows: list, rollouts: list, seed: int):
     return cat.rubric_rewards(verdicts, points), told  # Eq. 4
 
 
-def step_rewards(run: Run, rows: list, ids, lengths, seed: int):
+def add_references(run: Run):
+    """CaT-SFT: the rows get their references, made once; references.jsonl keeps them."""
+    o, path = run.options, os.path.join(run.options.output_dir, "references.jsonl")
+    made = [row["reference"] for row in read_lines(path, mend=True)]
+    for i in range(len(made), len(run.rows), 64):
+        rows, seed = run.rows[i : i + 64], 8 * (o.seed * 1_000_003 + i)
+        rollouts = run.anchor.complete([row["prompt"] for row in rows], n=o.group_size, seed=seed,
+                                       max_new_tokens=o.max_new_tokens, temperature=o.temperature)
+        for reference in cat_rewards(run, rows, rollouts, seed + 1)[1]["reference"]:
+            append_line(path, {"reference": reference})
+            made.append(reference)
+    run.rows = [row | {"reference": s} for row, s in zip(run.rows, made) if s]
+
+
+def step_rewards(run: Run, rows: list, prompt_ids, ids, lengths, seed: int):
     """-> rewards [B, T] or, one per response, [B]; which count; what `cat_rewards` tells."""
-    o, G = run.options, run.options.group_size
+    o, G, batch = run.options, run.options.group_size, (prompt_ids, ids, lengths)
     prompts, told = [row["prompt"] for row in rows for _ in range(G)], {}
     if o.reward == "cme":
         rewards, counted = cme.token_rewards(*run.verifier, run.tokenizer, prompts, ids, lengths,
                                              credit=o.credit, stop_ids=run.stop_ids)
         return rewards, counted, told
     texts, _ = response_texts(run.tokenizer, ids, lengths, run.stop_ids)
-    if o.reward == "cme-sequence":
-        rewards = cme.sequence_rewards(*run.verifier, prompts, texts)
+    if o.reward in ("cme-sequence", "reverse-kl"):
+        rewards = cme.sequence_rewards(*run.verifier, prompts, texts).to(ids.device)
+        if o.reward == "reverse-kl":  # mean log p_V - mean log pi
+            rewards = rewards - logprobs(run, run.policy, *batch).sum(1) / lengths
+    elif o.reward == "cat-sft":  # only to be seen
+        rewards = logprobs(run, run.policy, *batch).sum(1) / lengths
+    elif o.reward == "rent":  # minus the mean entropy of the policy's own predictions
+        rewards = -logprobs(run, run.policy, *batch, entropy=True).sum(1) / lengths
     else:
         groups = [texts[i : i + G] for i in range(0, len(texts), G)]
         rewards, told = cat_rewards(run, rows, groups, seed)
@@ -188,19 +219,16 @@ def step_rewards(run: Run, rows: list, ids, lengths, seed: int):
 
 
 @torch.no_grad()
-def logprobs(run: Run, model, prompt_ids, ids, lengths):
-    """log pi(y_t | x, y_<t) of a step's responses -> [B, T], 0 behind a row's end."""
-    logp = torch.zeros(ids.shape, device=ids.device)
+def logprobs(run: Run, model, prompt_ids, ids, lengths, entropy=False):
+    """log pi(y_t | x, y_<t) of a step's responses, or the entropies -> [B, T], 0 behind the end."""
+    values = torch.zeros(ids.shape, device=ids.device)
     for part in lengths.argsort(stable=True).split(run.options.micro_batch):
         with autocast(run.device):
-            logp[part] = grpo.token_logprobs(model, [prompt_ids[i] for i in part], ids[part],
-                                             lengths[part], temperature=run.options.temperature)
-    return logp
-
-
-def with_kl(rewards, old_logp, ref_logp, beta: float):
-    """CaT: R_i = r_i - beta sum_t (log pi_old - log pi_ref), [B], [B, T], [B, T] -> [B]."""
-    return rewards - beta * (old_logp - ref_logp).sum(1)
+            found = grpo.token_logprobs(model, [prompt_ids[i] for i in part], ids[part],
+                                        lengths[part], temperature=run.options.temperature,
+                                        entropy=entropy)
+        values[part] = found[1] if entropy else found
+    return values
 
 
 def update(run: Run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, advantages) -> dict:
@@ -271,10 +299,9 @@ def anchor_skills(run: Run, most: int = 64) -> dict:
     return skills
 
 
-def show_samples(run: Run, step: int, rows: list, ids, lengths, rewards, counted, told: dict):
+def show_samples(run: Run, G, step: int, rows: list, ids, lengths, rewards, counted, told: dict):
     """The first prompt's group to samples.jsonl, its best and worst to the screen: responses,
     rewards (with `cme` those of the tokens), what CaT tells."""
-    G = run.options.group_size
     texts, _ = response_texts(run.tokenizer, ids[:G], lengths[:G], run.stop_ids)
     rewards = torch.where(counted, rewards, math.nan)[:G]
     sample = {"step": step, "prompt": rows[0]["prompt"], "responses": texts,
@@ -284,8 +311,8 @@ def show_samples(run: Run, step: int, rows: list, ids, lengths, rewards, counted
         sample["tokens"] = [y[:n] for y, n in zip(pieces, lengths)]
     append_line(os.path.join(run.options.output_dir, "samples.jsonl"), sample)
     means = rewards.view(len(texts), -1).nanmean(1).tolist()
-    worst, *_, best = sorted(zip(means, texts))
-    lines = [(f"{mean:.2f}", text) for mean, text in (best, worst)]
+    ranked = sorted(zip(means, texts))
+    lines = [(f"{mean:.2f}", text) for mean, text in (ranked[-1], ranked[0])]
     lines += [(name, str(sample[name])) for name in ("reference", "rubric") if name in sample]
     tqdm.write(f"step {step}: {one_line(question_text(sample['prompt']))}", file=sys.stdout)
     for name, text in lines:
@@ -297,12 +324,14 @@ def show_samples(run: Run, step: int, rows: list, ids, lengths, rewards, counted
 
 def train(run: Run) -> dict:
     """The whole run, or what is left of it -> the contents of summary.json."""
-    o, G = run.options, run.options.group_size
+    o, G = run.options, 1 if run.options.reward == "cat-sft" else run.options.group_size
     optimizer = torch.optim.AdamW(run.policy.parameters(), lr=o.lr, weight_decay=0.0)
     done = begin(run, optimizer)
     if not done:
         skills = {"skills": anchor_skills(run)} if run.anchor else {}
         record(run, optimizer, 0, {"held_out": scores_of(run)} | skills)
+    if o.reward == "cat-sft":
+        add_references(run)
     bar = progress(range(done, o.steps), initial=done, total=o.steps, desc=o.reward)
     for step in bar:
         clock, rows = time.time(), prompts_of_step(run.rows, o.prompts_per_step, o.seed, step)
@@ -312,18 +341,20 @@ def train(run: Run) -> dict:
 
         # 2. their rewards: what the verifier thinks of each token, or agreement with the reference
         seed = 8 * (o.seed * 1_000_003 + step)
-        rewards, counted, told = step_rewards(run, rows, ids, lengths, seed)
+        rewards, counted, told = step_rewards(run, rows, *batch, seed)
 
         # 3. compared within the group
         ref_logp = logprobs(run, run.reference, *batch) if o.beta else None
         again = o.updates_per_rollout > 1 or (o.beta and o.kl_in == "reward")
         old_logp = logprobs(run, run.policy, *batch) if again else None  # else: the policy's own
-        if rewards.dim() == 2:
-            advantages = grpo.position_advantages(rewards, counted, G, scale=o.scale)
+        if o.reward == "cat-sft":  # Eq. 12: with advantage 1 the gradient is that of log pi(s | x)
+            advantages = torch.ones_like(rewards)
+        elif rewards.dim() == 2:
+            advantages = grpo.position_advantages(rewards, counted, G, scale=o.scale,
+                                                  min_std=o.min_std)
         else:
-            in_reward = o.beta and o.kl_in == "reward"
-            shifted = with_kl(rewards, old_logp, ref_logp, o.beta) if in_reward else rewards
-            advantages = grpo.group_advantages(shifted, G, scale=o.scale)
+            kl = (old_logp - ref_logp).sum(1) if o.beta and o.kl_in == "reward" else 0  # [B]
+            advantages = grpo.group_advantages(rewards - o.beta * kl, G, scale=o.scale)
 
         # 4. clipped steps towards the better ones, held back by the reference
         for group in optimizer.param_groups:
@@ -332,12 +363,12 @@ def train(run: Run) -> dict:
                    for _ in range(o.updates_per_rollout)]
 
         # 5. how it went
-        row = metrics_of(run, ids, lengths, rewards, counted, advantages, told, updates)
+        row = metrics_of(run, G, ids, lengths, rewards, counted, advantages, told, updates)
         row |= {"lr": learning_rate(o, step), "seconds": time.time() - clock}
         shown = numbers({name: row[name] for name in ("reward", "kl", "skipped")})
         bar.set_postfix_str(shown, refresh=False)
         if step + 1 == o.steps or o.eval_every and step % o.eval_every == 0:
-            show_samples(run, step + 1, rows, ids, lengths, rewards, counted, told)
+            show_samples(run, G, step + 1, rows, ids, lengths, rewards, counted, told)
         if step + 1 == o.steps or o.eval_every and (step + 1) % o.eval_every == 0:
             row["held_out"] = scores_of(run)
         record(run, optimizer, step + 1, row)

@@ -107,10 +107,10 @@ def prepare(o) -> Run:
     policy, tokenizer = load("--generator", saved[-1] if saved else o.generator, device, train=True)
     rows, eval_rows = read_rows(o, policy, tokenizer)
     run = Run(o, device, policy, tokenizer, find_stop_ids(policy, tokenizer), rows, eval_rows)
-    catting = o.reward in JUDGED + ("cat-answer",)
+    catting = o.reward in JUDGED + ("cat-answer", "cat-sft")
     if o.beta or catting and not o.anchor:
         run.reference, _ = load("--generator", o.generator, device)
-    if o.reward in ("cme", "cme-sequence"):
+    if o.reward in ("cme", "cme-sequence", "reverse-kl"):
         run.verifier = load("--verifier", o.verifier, device)
     if catting:
         anchor = load("--anchor", o.anchor, device) if o.anchor else (run.reference, tokenizer)
@@ -142,16 +142,16 @@ def begin(run: Run, optimizer) -> int:
         step = state["step"]
     config = json.dumps(asdict(o) | {"resume": False}, indent=1)
     write_atomically(os.path.join(o.output_dir, "config.json"), config)
-    for path in glob.glob(os.path.join(glob.escape(o.output_dir), "*.jsonl")):
+    for path in (os.path.join(o.output_dir, name) for name in ("metrics.jsonl", "samples.jsonl")):
         kept = [json.dumps(row, ensure_ascii=False) + "\n" for row in read_lines(path)
                 if row["step"] <= step]
         write_atomically(path, "".join(kept))
     return max(0, step)
 
 
-def metrics_of(run: Run, ids, lengths, rewards, counted, advantages, told: dict, updates: list):
+def metrics_of(run: Run, G, ids, lengths, rewards, counted, advantages, told: dict, updates):
     """A step's line of metrics.jsonl."""
-    G, B = run.options.group_size, len(ids)
+    B = len(ids)
     groups, seen = advantages.view(B // G, G, -1), counted.view(B // G, G, -1).any(1)
     verdicts = [v for group in told.get("verdicts", ()) for answers in group for v in answers]
     reward = torch.where(counted, rewards, 0).view(B, -1).sum(1) / counted.view(B, -1).sum(1)

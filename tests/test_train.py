@@ -209,7 +209,7 @@ def test_it_learns(tmp_path):
     assert summary["after"]["reward"] > summary["before"]["reward"]
 
 
-@pytest.mark.parametrize("arguments", [["--reward", "cme-sequence"], ["--credit", "word"], ["--beta", 0, "--no_scale"],
+@pytest.mark.parametrize("arguments", [["--reward", "cme-sequence"], ["--reward", "reverse-kl"], ["--reward", "rent"], ["--credit", "word"], ["--beta", 0, "--no_scale"],
                                        ["--updates_per_rollout", 2, "--micro_batch", 4, "--schedule", "constant"], ["--gradient_checkpointing"],
                                        ["--temperature", 0.7, "--top_k", 20, "--top_p", 0.8, "--max_grad_norm", 0]])
 def test_options_run(tmp_path, few, arguments):
@@ -233,7 +233,7 @@ def step_of(run, **options):
     ids_of_prompts = [models.chat_ids(run.tokenizer, row["prompt"]) for row in run.rows[:2]]
     ids, lengths = grpo.sample(run.policy, ids_of_prompts, 3, max_new_tokens=24, stop_ids=run.stop_ids, generator=torch.Generator().manual_seed(0))
     prompt_ids = [p for p in ids_of_prompts for _ in range(3)]
-    rewards, counted, _ = train.step_rewards(run, run.rows[:2], ids, lengths, 0)
+    rewards, counted, _ = train.step_rewards(run, run.rows[:2], prompt_ids, ids, lengths, 0)
     advantages = grpo.position_advantages(rewards, counted, 3)
     optimizer, gradient = torch.optim.SGD(run.policy.parameters(), lr=0.0), []
     optimizer.register_step_pre_hook(lambda *_: gradient.extend(p.grad.clone() for p in run.policy.parameters()))
@@ -258,6 +258,24 @@ def test_gradient_does_not_depend_on_micro_batches_or_checkpointing(run_in_proce
         torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
     assert len(calls) - calls.count(False) == 4, "each of two micro-batches runs the layer forward, and again in its backward pass"
     assert not any(m.training for m in checkpointed.policy.modules())
+
+
+def test_rent_and_reverse_kl_are_their_definitions():
+    """Minus the mean entropy of the policy's predictions; mean log p_V less mean log pi: row by row, from the models' own logits."""
+    run = train.prepare(train.Options(reward="reverse-kl", group_size=2, max_new_tokens=24, temperature=0.7, micro_batch=3, output_dir="unused"))
+    rows = run.rows[:2]
+    prompt_ids, ids, lengths = train.rollout(run, rows, 0)
+    reverse, counted, told = train.step_rewards(run, rows, prompt_ids, ids, lengths, 0)
+    run.options.reward = "rent"
+    rent, _, _ = train.step_rewards(run, rows, prompt_ids, ids, lengths, 0)
+    texts = models.response_texts(run.tokenizer, ids, lengths, run.stop_ids)[0]
+    verifier = cme.sequence_rewards(*run.verifier, [row["prompt"] for row in rows for _ in range(2)], texts)
+    assert counted.all() and not told and len({round(r, 4) for r in rent.tolist()}) > 1
+    for i, (p, y, n) in enumerate(zip(prompt_ids, ids.tolist(), lengths.tolist())):
+        with torch.no_grad():
+            logp = (run.policy(input_ids=torch.tensor([p + y[:n]])).logits[0, len(p) - 1:-1] / 0.7).log_softmax(-1)
+        assert rent[i].item() == pytest.approx((logp.exp() * logp).sum(-1).mean().item(), abs=1e-4)
+        assert reverse[i].item() == pytest.approx(verifier[i].item() - logp[range(n), y[:n]].mean().item(), abs=1e-4)
 
 
 def test_checkpointing_does_not_switch_dropout_on(tmp_path):

@@ -72,7 +72,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path, whole, few, where):
 @pytest.mark.parametrize("arguments", [
     ["--reward", "cat-answer"], ["--reward", "cat-answer", "--estimator", "majority"], ["--reward", "cat-match"], ["--reward", "rubric-given"],
     ["--estimator", "best-of-n", "--group_size", 8], ["--estimator", "min-perplexity"], ["--estimator", "mutual-predictability"], ["--estimator", "single"],
-    ["--rubric_from", "question"], ["--question_in_synthesis"], ["--kl_in", "reward", "--beta", 0.1],
+    ["--reward", "cat-sft"], ["--rubric_from", "question"], ["--question_in_synthesis"], ["--kl_in", "reward", "--beta", 0.1],
     ["--length_penalty_after", 20, "--beta", 0], ["--updates_per_rollout", 2, "--judge", "toy/cat/model", "--anchor", "toy/cat/model"],
     ["--reward", "cme-sequence", "--generator", "toy/cat/model", "--length_penalty_after", 20, "--kl_in", "reward"]], ids=lambda a: " ".join(map(str, a)))
 def test_options_run(tmp_path, few, arguments):
@@ -90,29 +90,61 @@ def test_mixed_precision_runs(tmp_path, few):
     assert all(r["skipped"] == 0 and r["missing"] < 0.5 for r in rows(tmp_path / "run/metrics.jsonl")[1:])
 
 
-@pytest.fixture(scope="module")
-def prepared(few):
-    return train.prepare(train.Options(reward="cat", prompts_per_step=2, group_size=3, max_new_tokens=40, output_dir="unused",
-                                       eval_prompts=str(few / "eval.jsonl"), beta=0.1, kl_in="reward", micro_batch=4))
-
-
-def test_kl_in_the_reward_is_the_equation(prepared):
+def test_kl_in_the_reward_is_the_equation(tmp_path, few, monkeypatch):
     """R_i = r_i - beta sum_t (log pi_old - log pi_ref), against each row alone and the models' own logits."""
-    run = prepared
-    prompt_ids = [models.chat_ids(run.tokenizer, row["prompt"]) for row in run.rows[:2]]
-    ids, lengths = grpo.sample(run.policy, prompt_ids, 3, max_new_tokens=40, stop_ids=run.stop_ids, generator=torch.Generator().manual_seed(0))
-    prompt_ids = [p for p in prompt_ids for _ in range(3)]
-    with torch.no_grad():
-        for p in run.policy.parameters():
-            p.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
-        old_logp, ref_logp = (train.logprobs(run, model, prompt_ids, ids, lengths) for model in (run.policy, run.reference))
-        got = train.with_kl(torch.arange(6.0), old_logp, ref_logp, 0.1)
-        for i, (p, y, n) in enumerate(zip(prompt_ids, ids.tolist(), lengths.tolist())):
-            kl = 0.0
-            for model, sign in ((run.policy, 1), (run.reference, -1)):
+    run = train.prepare(train.Options(reward="cat", prompts_per_step=2, group_size=3, max_new_tokens=40, output_dir=str(tmp_path / "run"), steps=1,
+                                      eval_prompts=str(few / "eval.jsonl"), beta=0.1, kl_in="reward", micro_batch=4, lr=0.0))
+    for p in run.policy.parameters():
+        p.data.add_(0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    got, real, batch = [], grpo.group_advantages, []
+    monkeypatch.setattr(grpo, "group_advantages", lambda rewards, *a, **k: (got.append(rewards), real(rewards, *a, **k))[1])
+    monkeypatch.setattr(train, "step_rewards", lambda run, rows, *b: (batch.extend(b), (torch.arange(6.0), torch.ones(6, dtype=bool), {}))[1])
+    train.train(run)
+    prompt_ids, ids, lengths, _ = batch
+    for i, (p, y, n) in enumerate(zip(prompt_ids, ids.tolist(), lengths.tolist())):
+        kl = 0.0
+        for model, sign in ((run.policy, 1), (run.reference, -1)):
+            with torch.no_grad():
                 logp = model(input_ids=torch.tensor([p + y[:n]])).logits[0].log_softmax(-1)
-                kl += sign * sum(logp[len(p) + t - 1, y[t]].item() for t in range(n))
-            assert got[i].item() == pytest.approx(i - 0.1 * kl, abs=1e-3) and abs(kl) > 0.001
+            kl += sign * sum(logp[len(p) + t - 1, y[t]].item() for t in range(n))
+        assert got[0][i].item() == pytest.approx(i - 0.1 * kl, abs=1e-3) and abs(kl) > 0.001
+
+
+def test_sft_is_cross_entropy_on_references_made_once(tmp_path, few, monkeypatch):
+    """Its gradient is that of the mean over responses of the mean -log pi(s_t | x, s_<t), the stop included, by autograd on the model's own logits."""
+    monkeypatch.setattr(train, "scores_of", lambda run: {})
+    run = train.prepare(train.Options(reward="cat-sft", prompts_per_step=4, group_size=2, max_new_tokens=40, output_dir=str(tmp_path / "run"), steps=1,
+                                      eval_prompts=str(few / "eval.jsonl"), micro_batch=3, lr=0.0, max_grad_norm=0.0))
+    run.rows, gradient = run.rows[:5], []
+    real = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (gradient.extend(p.grad.clone() for p in run.policy.parameters()), real(self, *a))[1])
+    train.train(run)
+    made = rows(tmp_path / "run/references.jsonl")
+    assert len(made) == 5 and all(r["reference"] for r in made)
+    loss = 0
+    for row in train.prompts_of_step(run.rows, 4, 0, 0):
+        p = models.chat_ids(run.tokenizer, row["prompt"])
+        y = run.tokenizer(row["reference"], add_special_tokens=False).input_ids + [models.end_of_turn(run.tokenizer)]
+        logp = run.policy(input_ids=torch.tensor([p + y])).logits[0, len(p) - 1:-1].log_softmax(-1)
+        loss = loss - logp[range(len(y)), y].mean() / 4
+    loss.backward()
+    for p, g in zip(run.policy.parameters(), gradient):
+        torch.testing.assert_close(g, p.grad, atol=1e-5, rtol=1e-3)
+    reward = rows(tmp_path / "run/metrics.jsonl")[1]["reward"]
+    assert reward == pytest.approx(-loss.item(), abs=1e-4)
+
+
+def test_sft_goes_on_where_it_was(tmp_path, few):
+    """Killed among its references: they are neither lost nor made again, and the run is the same to the bit."""
+    arguments = "--reward", "cat-sft", "--steps", 2, "--prompts", tmp_path / "p.txt"
+    (tmp_path / "p.txt").write_text("".join(f"Tell me about {name}.\n" for name in ("Mia", "Ada", "Ben") for _ in range(30)))
+    assert run(tmp_path / "a", few, *arguments)[0] == 0
+    assert run(tmp_path / "b", few, *arguments, patch=kill_at(cat, "synthesize", 3))[0] == -signal.SIGKILL
+    assert len(rows(tmp_path / "b/run/references.jsonl")) == 64
+    status, _, err = fork(["--resume", "--output_dir", tmp_path / "b/run"], tmp_path / "b")
+    assert status == 0 and weights(tmp_path / "a/run") == weights(tmp_path / "b/run"), err
+    for name in ("references.jsonl", "metrics.jsonl", "samples.jsonl"):
+        assert rows(tmp_path / "a/run" / name) == rows(tmp_path / "b/run" / name)
 
 
 def test_rubric_given_counts_points(tmp_path, few):

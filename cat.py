@@ -6,8 +6,7 @@
 A `model` is a text model (plumbing/models.py), rollouts are P lists of G texts, references P texts.
 What could not be had is None, its reward NaN: no reference, criterion or verdict is made up.
 Deliberate departures from the paper:
- 1. The prompts are ours; the paper's (Appendix 11) are lost in our copy.  What a model wrote is
-    data: it goes into prompts inside a `block` that it cannot close.
+ 1. The prompts are ours (Appendix 11 is lost in our copy), what a model wrote is in a `block` there.
  2. A local judge is read from the probabilities of yes and no, not sampled: one forward pass.
  3. A verdict that cannot be read is asked for once more, then left out of Eq. 4.
  4. Answers are equal if their normal forms are: so votes are well defined.
@@ -115,14 +114,13 @@ def best_of_n(prompts: list, rollouts: list, model, *, max_new_tokens: int = 512
     asks = [ask(BEST, block("question", question_text(prompt)),
                 *[block("response", y, g) for g, y in enumerate(group, 1)])
             for prompt, group in zip(prompts, rollouts)]
-    reads = {x: partial(read_number, n=len(group)) for x, group in zip(asks, rollouts)}
-    numbers = twice(reads, model, max_new_tokens)
-    return [numbers[x] and group[numbers[x] - 1] for x, group in zip(asks, rollouts)]
+    read = partial(read_number, n=len(rollouts[0]))
+    numbers = decide(asks, model, read=read, max_new_tokens=max_new_tokens)
+    return [n and group[n - 1] for n, group in zip(numbers, rollouts)]
 
 
 def best_by(score, prompts: list, rollouts: list) -> list:
-    """The rollout with the highest score(prompts [B], texts [B]) -> [B], the first among equals.
-    With `cme.sequence_rewards`: the one that another model finds least surprising (ours)."""
+    """The rollout with the highest score(prompts [B], texts [B]) -> [B], the first among equals."""
     of = [p for p, group in zip(prompts, rollouts) for _ in group]
     scores = score(of, sum(rollouts, [])).nan_to_num(-math.inf).split([*map(len, rollouts)])
     return [y[row.argmax()] if row.max() > -math.inf else None for y, row in zip(rollouts, scores)]
@@ -161,7 +159,7 @@ ARG = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # a braced group, up to two
 RULES = [  # (pattern, what takes its place): one by one, again and again, until nothing changes
     (r"\^\{\\circ\}|\\degree|°|\\?[%$]|(?<![., ])[.,]\Z", ""),  # 90^{\circ} -> 90, \$5. -> 5
     (r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3}(?!\d))", ""),  # 10{,}000 -> 10000
-    (r"(\\\\)|\\(?:left|right)(?![a-zA-Z])|\\(?:[!,;: ]|\Z)|~", r"\1 "),  # \left( -> (, but \\ stays
+    (r"(\\\\)|\\(?:left|right)(?![a-zA-Z])|\\(?:[!,;: ]|\Z)|~", r"\1 "),  # \left( -> (, not \\
     (r"(^.*(?:[(\[]|\\\{).*)|(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)",
      lambda m: m[1] or m[0].replace(",", "")),  # 1,000 -> 1000, but (1,000) stays
     (r" (?!\d)|(?<!\d) ", ""),  # x + 1 -> x+1, but 1 1/2 stays
@@ -181,7 +179,6 @@ RULES = [  # (pattern, what takes its place): one by one, again and again, until
 def boxed_answer(text: str) -> str | None:
     r"""The content of the last complete \boxed{...}, the outermost one of nested boxes, or None.
     \{ and \} are no braces; \\boxed{, with its backslash doubled as in JSON, is a box.
-
     >>> boxed_answer(r"First \boxed{3}, then \boxed{\frac{1}{2}}, and then \boxed{\frac{4}")
     '\\frac{1}{2}'"""
     box, starts = None, []  # of every open brace: where its box's content starts, None = no box
@@ -196,7 +193,6 @@ def boxed_answer(text: str) -> str | None:
 def normal_answer(answer: str) -> str:
     r"""A key: answers that differ only in writing have the same (not in value: 0.5 and 1/2 differ).
     A key's key is that key: beyond 10,000 characters, or 20 rounds, only whitespace collapses.
-
     >>> [normal_answer(a) for a in (r" x = -\dfrac12 \text{ cm}. ", "-1/2", r"\$ 1,000", "(1,000)")]
     ['-\\frac{1}{2}', '-\\frac{1}{2}', '1000', '(1, 000)']"""
     key = bare = " ".join(answer.split())
@@ -239,7 +235,6 @@ def reply_text(text: str | None) -> str:
 def read_rubric(text: str | None, limit: int = 50) -> list[str]:
     """What stands between criterion tags (models forget end tags) in the last rubric that has any;
     at most `limit`, of at most 1,000 characters.
-
     >>> read_rubric("Sure! <rubric><criterion>a &lt; 5<criterion>is short</criterion><criterion>cu")
     ['a < 5', 'is short']"""
     for rubric in reversed(re.split(r"<rubric\b", reply_text(text)[:100_000], flags=re.I)):
@@ -263,33 +258,26 @@ def read_number(text: str | None, n: int) -> int | None:
     return int(match[1]) if match and 1 <= int(match[1]) <= n else None
 
 
-def twice(reads: dict, model, max_new_tokens: int) -> dict:
-    """{prompt: read} -> {prompt: read(reply)}, of a greedy reply; if None, once more at T = 1."""
-    found, settings = dict.fromkeys(reads), {"max_new_tokens": max_new_tokens}
-    for temperature in (0.0, 1.0):
-        missing = [x for x in found if found[x] is None]
-        replies = model.complete(missing, temperature=temperature, **settings) if missing else []
-        found |= {x: reads[x](reply) for x, [reply] in zip(missing, replies)}
-    return found
-
-
-def decide(asks: list, model, *, max_new_tokens: int = 512) -> list:
-    """Yes-or-no prompts, in nested lists -> nested alike, True, False or None: not to be had, or no
-    prompt.  Equal prompts are asked once."""
+def decide(asks: list, model, *, read=read_verdict, max_new_tokens: int = 512) -> list:
+    """Prompts, in nested lists -> read(reply) of each, nested alike, None if it cannot be had; by
+    default True for yes, False for no.  Equal prompts are asked once, None is not asked."""
     flat, shape = tree_flatten(asks)
-    reads = {x: read_verdict for x in flat if x}
-    if hasattr(model, "yes_probability"):
-        p = zip(reads, model.yes_probability([*reads]).tolist())
-        verdicts = {x: None if math.isnan(yes) or yes == 0.5 else yes > 0.5 for x, yes in p}
+    found = dict.fromkeys(x for x in flat if x)
+    if read is read_verdict and hasattr(model, "yes_probability"):
+        p = zip(found, model.yes_probability([*found]).tolist())
+        found = {x: None if math.isnan(yes) or yes == 0.5 else yes > 0.5 for x, yes in p}
     else:
-        verdicts = twice(reads, model, max_new_tokens)
-    return tree_unflatten([verdicts.get(x) for x in flat], shape)
+        for temperature in (0.0, 1.0):  # greedy; what could not be read, once more
+            settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+            missing = [x for x in found if found[x] is None]
+            replies = model.complete(missing, **settings) if missing else []
+            found |= {x: read(reply) for x, [reply] in zip(missing, replies)}
+    return tree_unflatten([found.get(x) for x in flat], shape)
 
 
-def propose_rubrics(prompts: list, references: list, model, *, source: str = "reference",
-                    **settings) -> list:
+def propose_rubrics(prompts: list, references: list, model, *, source="reference", **settings):
     """Eq. 3: the anchor writes a rubric from the reference, or (Section 6.2) from the question only
-    -> P lists of criteria; [] if none can be read.  settings: `complete`'s."""
+    -> P lists of criteria; [] if none can be read.  settings: those of `complete`."""
     texts = references if source == "reference" else [question_text(p) for p in prompts]
     asks = [ask(RUBRIC[source], block(source, text)) for text in texts if text]
     replies = iter(model.complete(asks, **settings) if asks else [])
@@ -297,13 +285,13 @@ def propose_rubrics(prompts: list, references: list, model, *, source: str = "re
 
 
 def judge_rubrics(rollouts: list, rubrics: list, model) -> list:
-    """Eq. 4, does rollout g satisfy criterion i? -> P lists of G lists of n: True, False or None."""
+    """Eq. 4, does rollout g satisfy criterion i? -> [P][G][n], True, False or None."""
     return decide([[[judge_prompt(y, criterion) for criterion in rubric] for y in group]
                    for group, rubric in zip(rollouts, rubrics)], model)
 
 
 def judge_match(rollouts: list, references: list, model) -> list:
-    """The baseline without rubrics: does the rollout say what the reference says? -> as above, n 1."""
+    """The baseline without rubrics, does rollout g say what the reference says? -> [P][G][1]."""
     return decide([[[s and ask(MATCH, block("reference", s), block("response", y))] for y in group]
                    for group, s in zip(rollouts, references)], model)
 
@@ -329,7 +317,7 @@ def length_penalty(rewards: torch.Tensor, lengths: torch.Tensor, after: int) -> 
 
 def judge_skill(references: list, rubrics: list, model) -> dict:
     """How well a judge reads, without labels: a reference's own criteria are true of it, those of
-    another, unless its own too, false -> shares right, and missing; a coin has .5, .5; NaN: none."""
+    another, unless its own too, false -> shares right, and missing; NaN of none.  A coin: .5."""
     rows = [(s, rubric) for s, rubric in zip(references, rubrics) if s and rubric]
     texts, own = [[s] for s, _ in rows], [rubric for _, rubric in rows]
     others = [[c for c in b if c not in a] for a, b in zip(own, own[1:] + own[:1])]
@@ -371,8 +359,8 @@ def main():
     model = text_model("--model", o.model, device, key=key)
     judge = text_model("--judge", o.judge, device, key=key) if o.judge else model
     settings = {"max_new_tokens": o.max_new_tokens, "seed": o.seed}
-    drawn = model.complete([o.prompt], n=o.group_size, **settings)
-    rollouts = [[y for y in group if y is not None] for group in drawn]
+    [group] = model.complete([o.prompt], n=o.group_size, **settings)
+    rollouts = [[y for y in group if y is not None]]
     if not rollouts[0]:
         raise ValueError(f"no answer from {o.model}: {getattr(model, 'last_error', 'too long')}")
     references = estimators(model, style=o.style, **settings)[o.estimator]([o.prompt], rollouts)

@@ -42,7 +42,7 @@ def word_credit(values, text, spans):
     word of its first visible character, whitespace alone to the next (unmasked: it opened it);
     whitespace at the end stays masked.  The words' first tokens add up to the total.
 
-    "no red", tokens no| |re|d, values -1, -2, -3, -4 -> -1, -9, -7, -4: the space pays for " red"."""
+    "no red", tokens no| |re|d, values -1, -2, -3, -4 -> -1, -9, -7, -4: the space pays too."""
     seen = np.array([not c.isspace() for c in text], bool)  # [L]
     opened = np.cumsum(seen & ~np.append(False, seen[:-1]))  # [L] words opened so far
     words = opened[-1] if len(text) else 0

@@ -130,8 +130,8 @@ def test_majority_against_counting():
 
 
 def test_best_of_n_asks_once_more_and_never_makes_up():
-    groups = [["a", "b", "c"], ["d", "e"], ["f", "g"]]
-    replies = {("a", 0.0): "2", ("d", 0.0): "the second", ("d", 1.0): "**2**", ("f", 0.0): "3", ("f", 1.0): None}
+    groups = [["a", "b", "c"], ["d", "e", "i"], ["f", "g", "h"]]
+    replies = {("a", 0.0): "2", ("d", 0.0): "the second", ("d", 1.0): "**2**", ("f", 0.0): "4", ("f", 1.0): None}
     model = Scripted(lambda p, t: replies[re.search(r"\n(\w)\n</response>", p)[1], t])
     assert cat.best_of_n(["WHAT?"] * 3, groups, model) == ["b", "e", None]
     assert [len(prompts) for prompts, _ in model.asked] == [3, 2]
@@ -344,8 +344,8 @@ def test_one_screen(capsys, monkeypatch):
         return capsys.readouterr().out
     for name in cat.estimators(None):
         if name != "majority":
-            out = screen("Tell me about Mia.", "--estimator", name, "--group_size", "3")
-            assert f"  {name}: " in out and "answer 3:" in out and "The pet is a" in out and "reward" in out
+            out = screen("Tell me about Mia.", "--estimator", name)
+            assert f"  {name}: " in out and "answer 8:" in out and "The pet is a" in out and "reward" in out
     out = screen("How many books does Mia own?", "--style", "stepwise", "--estimator", "majority", "--group_size", "4")
     assert re.search(r"reward( [01]\.00){4}\n", re.sub(" +", " ", out)) and "criterion" not in out
     for arguments, said in ([["x", "--model", "/no/such"], "--model /no/such"], [["x", "--judge", "m@http://"], "MODEL@URL"]):

@@ -6,7 +6,7 @@
 A `model` is a text model (plumbing/models.py), rollouts are P lists of G texts, references P texts.
 What could not be had is None, its reward NaN: no reference, criterion or verdict is made up.
 Deliberate departures from the paper:
- 1. The prompts are ours (Appendix 11 is lost in our copy), what a model wrote is in a `block` there.
+ 1. The prompts are ours (Appendix 11 is lost in our copy); what a model wrote is in a `block`.
  2. A local judge is read from the probabilities of yes and no, not sampled: one forward pass.
  3. A verdict that cannot be read is asked for once more, then left out of Eq. 4.
  4. Answers are equal if their normal forms are: so votes are well defined.

@@ -34,7 +34,7 @@ class Scripted:
     def __init__(self, reply):
         self.reply, self.asked = reply, []
 
-    def complete(self, prompts, *, n=1, max_new_tokens, temperature, seed=0):
+    def complete(self, prompts, *, n=1, max_new_tokens, temperature=1.0, seed=0):
         assert max_new_tokens > 0 and prompts, "an empty list of prompts is never asked"
         self.asked.append((list(prompts), temperature))
         return [[self.reply(p, temperature)] * n for p in prompts]
@@ -87,6 +87,7 @@ def test_what_goes_into_each_prompt():
     model = Scripted(lambda p, t: "<rubric><criterion>a</criterion></rubric>")
     assert cat.propose_rubrics(["WHAT?", "WHO?"], ["ref", None], model, max_new_tokens=9) == [["a"], []]
     assert len(model.asked[0][0]) == 1 and "ref" in model.asked[0][0][0] and "WHAT?" not in model.asked[0][0][0]
+    assert cat.propose_rubrics(["WHAT?"], [""], Scripted(None), max_new_tokens=9) == [[]]      # an empty reference has no rubric
     assert cat.propose_rubrics(["WHAT?"], [None], model, max_new_tokens=9, source="question") == [["a"]] and "WHAT?" in model.asked[1][0][0]
     chat = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}]
     assert question_text(chat) == "system: Be brief.\nuser: Why?" and question_text(chat[1:]) == "Why?" == question_text("Why?")
@@ -129,11 +130,13 @@ def test_majority_against_counting():
 
 
 def test_best_of_n_asks_once_more_and_never_makes_up():
-    groups = [["a", "b", "c"], ["d", "e"], ["f", "g"]]
-    replies = {("a", 0.0): "2", ("d", 0.0): "the second", ("d", 1.0): "**2**", ("f", 0.0): "3", ("f", 1.0): None}
+    groups = [["a", "b", "c"], ["d", "e", "i"], ["f", "g", "h"]]
+    replies = {("a", 0.0): "2", ("d", 0.0): "the second", ("d", 1.0): "**2**", ("f", 0.0): "4", ("f", 1.0): None}
     model = Scripted(lambda p, t: replies[re.search(r"\n(\w)\n</response>", p)[1], t])
-    assert cat.best_of_n(["q"] * 3, groups, model) == ["b", "e", None]
+    assert cat.best_of_n(["WHAT?"] * 3, groups, model) == ["b", "e", None]
     assert [len(prompts) for prompts, _ in model.asked] == [3, 2]
+    blocks = [cat.block("question", "WHAT?"), *[cat.block("response", y, g) for g, y in enumerate("abc", 1)]]
+    assert model.asked[0][0][0] == "\n".join([cat.BEST + "\n", *blocks])        # the question first
 
 
 def test_best_by():
@@ -335,16 +338,38 @@ def test_the_whole_chain_on_the_toy(toy):
 
 
 def test_one_screen(capsys, monkeypatch):
-    names = [name for name in cat.estimators(None, max_new_tokens=1) if name != "majority"]
-    monkeypatch.setattr(sys, "argv", ["cat.py", "Tell me about Mia.", "--estimator", ",".join(names), "--group_size", "3"])
-    cat.main()
-    out = capsys.readouterr().out
-    assert all(f"  {name}: " in out for name in names) and "answer 3:" in out and "reward" in out
-    monkeypatch.setattr(sys, "argv", ["cat.py", "How many books does Mia own?", "--style", "stepwise", "--estimator", "majority", "--group_size", "4"])
-    cat.main()
-    assert re.search(r"reward( [01]\.00){4}\n", re.sub(" +", " ", capsys.readouterr().out))
-    for arguments, said in ([["x", "--estimator", "magic"], "--estimator magic"], [["x", "--model", "/no/such"], "--model /no/such"],
-                            [["x", "--judge", "m@http://"], "MODEL@URL"]):
+    def screen(*arguments):
         monkeypatch.setattr(sys, "argv", ["cat.py", *arguments])
+        cat.main()
+        return capsys.readouterr().out
+    for name in cat.estimators(None):
+        if name != "majority":
+            out = screen("Tell me about Mia.", "--estimator", name)
+            assert f"  {name}: " in out and "answer 8:" in out and "The pet is a" in out and "reward" in out
+    out = screen("How many books does Mia own?", "--style", "stepwise", "--estimator", "majority", "--group_size", "4")
+    assert re.search(r"reward( [01]\.00){4}\n", re.sub(" +", " ", out)) and "criterion" not in out
+    for arguments, said in ([["x", "--model", "/no/such"], "--model /no/such"], [["x", "--judge", "m@http://"], "MODEL@URL"]):
         with pytest.raises(ValueError, match=re.escape(said)):
-            cat.main()
+            screen(*arguments)
+    with pytest.raises(SystemExit):
+        screen("x", "--estimator", "magic")
+    assert "--estimator: invalid choice: 'magic'" in capsys.readouterr().err
+
+
+def test_the_story_of_one_prompt():
+    """Byte for byte, with what is missing, and no escape sequences of a model's."""
+    story = cat.show("Why?", ["a\x1b[1m", "b"], {"synthesis": "s\nt", "single": None}, ["is a", "is\nb"], [[True, None], [False, True]], [1, math.nan])
+    assert story == """question: Why?
+
+  answer 1: a [1m
+  answer 2: b
+
+  synthesis: s t
+  single: (none)
+
+    answer     1    2
+         1   yes   no   is a
+         2     ?  yes   is b
+    reward  1.00  nan
+"""
+    assert cat.show("Why?", ["a"], {}, [], [], [0.5]).endswith("    answer     1\n    reward  0.50\n")

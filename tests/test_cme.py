@@ -26,10 +26,10 @@ def pad(rows):
     return torch.tensor([r + [0] * (T - len(r)) for r in rows]), torch.tensor([len(r) for r in rows])
 
 
-def verifier_says(model, tokenizer, prompt, text, end=False):
-    """The slow way: one row, the model's own logits. -> log p of each verifier token of the text (and of the end of turn)."""
+def verifier_says(model, tokenizer, prompt, text):
+    """The slow way: one row, the model's own logits. -> log p of each verifier token of the text."""
     before = models.chat_ids(tokenizer, prompt)
-    answer = list(spans_from_text(tokenizer, text)[0]) + ([models.end_of_turn(tokenizer)] if end else [])
+    answer = list(spans_from_text(tokenizer, text)[0])
     logp = model(input_ids=torch.tensor([before + answer])).logits[0].double().log_softmax(-1)
     return [logp[len(before) + i - 1, token].item() for i, token in enumerate(answer)]
 
@@ -126,20 +126,6 @@ def test_the_right_fact_is_less_surprising(toy):
         assert cities.argmax() == 0
 
 
-def test_score_stop(toy):
-    (_, tokenizer), (model, verifier_tokenizer) = toy["generator"], toy["verifier"]
-    stop, text = models.end_of_turn(tokenizer), TEXTS[0]
-    ids, lengths = pad([tokenizer(text).input_ids + [stop], tokenizer(text).input_ids, [stop]])           # stopped, cut off, empty
-    rewards, mask = cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT] * 3, ids, lengths, score_stop=True)
-    plain, plain_mask = cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT] * 3, ids, lengths)
-    expected = verifier_says(model, verifier_tokenizer, PROMPT, text, end=True)[-1]
-    assert mask[0, lengths[0] - 1] and rewards[0, lengths[0] - 1].item() == pytest.approx(expected, abs=1e-4)
-    assert mask[2, 0] and rewards[2, 0].item() == pytest.approx(verifier_says(model, verifier_tokenizer, PROMPT, "", end=True)[-1], abs=1e-4)
-    torch.testing.assert_close(rewards[1], plain[1], atol=1e-4, rtol=0)
-    torch.testing.assert_close(rewards[0, :lengths[0] - 1], plain[0, :lengths[0] - 1], atol=1e-4, rtol=0)
-    assert mask.sum() == plain_mask.sum() + 2
-
-
 def test_stop_ids_say_what_a_stop_token_is(toy):
     """A row cut off at a special token that does not stop did not stop; a stop token that is not special is no text."""
     (_, tokenizer), (model, verifier_tokenizer) = toy["generator"], toy["verifier"]
@@ -147,8 +133,8 @@ def test_stop_ids_say_what_a_stop_token_is(toy):
     start, stop, dot = tokenizer.convert_tokens_to_ids("<|im_start|>"), models.end_of_turn(tokenizer), text[-1]
     ids, lengths = pad([text + [stop], text + [start], text])
     go = lambda **options: cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT] * 3, ids, lengths, **options)   # noqa: E731
-    rewards, mask = go(score_stop=True, stop_ids=[stop])
-    assert mask[:, len(text)].tolist() == [True, False, False] and rewards[1, len(text)] == 0
+    rewards, mask = go(stop_ids=[stop])
+    assert not mask[:, len(text):].any() and not rewards[:, len(text):].any()
     rewards, mask = go(stop_ids=[stop, dot])                                                              # the full stop stops, and is not read
     expected = sum(verifier_says(model, verifier_tokenizer, PROMPT, TEXTS[0][:-1]))
     assert not mask[2, len(text) - 1] and rewards[2].sum().item() == pytest.approx(expected, abs=1e-3)
@@ -238,21 +224,30 @@ def test_word_credit_keeps_the_total(toy):
     assert rewards[0, first].sum().item() == pytest.approx(sum(verifier_says(model, verifier_tokenizer, PROMPT, text)), abs=1e-3)
 
 
-def test_long_prompts_are_cut_from_the_left(toy):
+def rows_read(monkeypatch):
+    """What the verifier is given from here on: a list of (prompt ids, answer ids), filled as it reads."""
+    rows, real = [], cme.token_logprobs
+
+    def spy(model, befores, ids, lengths):
+        rows.extend((list(b), y[:n]) for b, y, n in zip(befores, ids.tolist(), lengths.tolist()))
+        return real(model, befores, ids, lengths)
+    monkeypatch.setattr(cme, "token_logprobs", spy)
+    return rows
+
+
+def test_long_prompts_lose_their_oldest_tokens(toy, monkeypatch):
     model, tokenizer = toy["verifier"]
-    context = model.config.max_position_embeddings
-    long, text = "word " * 400 + "Who is Mia?", TEXTS[0]
-    ids = cme.cut_prompt(tokenizer, long, context - 40)
-    bare, whole = models.chat_ids(tokenizer, ""), tokenizer.decode(ids)
-    assert context - 43 <= len(ids) <= context - 40                                                       # no more than needed
-    assert ids[:2] == bare[:2] and ids[-3:] == bare[-3:] and whole.count("<bos>") == 1
-    assert "Who is Mia?<end_of_turn>" in whole
-    [logp] = cme.verifier_logprobs(model, tokenizer, [long], read(tokenizer, [text]))
-    assert np.isfinite(logp).all() and len(logp) == len(spans_from_text(tokenizer, text)[0])
-    messages = [{"role": "user", "content": "early " * 300}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "Who is Mia?"}]
-    decoded = tokenizer.decode(cme.cut_prompt(tokenizer, messages, 100))
-    assert decoded.endswith("<start_of_turn>model\nyes<end_of_turn>\n<start_of_turn>user\nWho is Mia?<end_of_turn>\n<start_of_turn>model\n")
-    assert cme.cut_prompt(tokenizer, PROMPT, 500) == models.chat_ids(tokenizer, PROMPT)
+    context, rows = model.config.max_position_embeddings, rows_read(monkeypatch)
+    long, [answer] = "word " * 400 + "Who is Mia?", read(tokenizer, TEXTS[:1])
+    whole = models.chat_ids(tokenizer, long)
+    [logp] = cme.verifier_logprobs(model, tokenizer, [long], [answer])
+    [(before, after)] = rows
+    assert np.isfinite(logp).all() and len(logp) == len(answer) and after == answer
+    assert len(before) + len(after) == context                                                            # no more than needed
+    assert before[0] == whole[0] == tokenizer.bos_token_id and before[1:] == whole[1 - len(before):]
+    assert "Who is Mia?<end_of_turn>" in tokenizer.decode(before)
+    alone = model(input_ids=torch.tensor([before + after])).logits[0].double().log_softmax(-1)
+    np.testing.assert_allclose(logp, [alone[len(before) + i - 1, y].item() for i, y in enumerate(after)], atol=1e-4)
 
 
 def test_errors(toy):
@@ -261,7 +256,7 @@ def test_errors(toy):
         cme.sequence_rewards(model, verifier_tokenizer, [PROMPT], ["far too long " * 200])
     with pytest.raises(ValueError, match="credit"):
         cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT], torch.tensor([[5]]), torch.tensor([1]), credit="sentence")
-    with pytest.raises(ValueError, match="one prompt per row"):
+    with pytest.raises(ValueError, match="argument 2 is longer"):
         cme.sequence_rewards(model, verifier_tokenizer, [PROMPT], ["a", "b"])
 
 
@@ -288,22 +283,11 @@ def test_batches_are_by_length_and_bounded(toy, monkeypatch):
 
 def test_context_is_used_to_its_last_token(toy, monkeypatch):
     model, tokenizer = toy["verifier"]
-    context, text = model.config.max_position_embeddings, TEXTS[0]
-    n = len(spans_from_text(tokenizer, text)[0])
-    cuts, real = [], cme.cut_prompt
-    monkeypatch.setattr(cme, "cut_prompt", lambda t, p, room: (cuts.append(room), real(t, p, room))[1])
-    fits = next(p for p in ("word " * k for k in range(400, 0, -1)) if len(models.chat_ids(tokenizer, p)) <= context - n)
-    cme.verifier_logprobs(model, tokenizer, [fits], read(tokenizer, [text]))
-    assert not cuts
-    ended = read(tokenizer, [text])[0] + [models.end_of_turn(tokenizer)]
-    cme.verifier_logprobs(model, tokenizer, [fits + "word " * 9], [ended])
-    assert cuts == [context - n - 1]                                          # the end of turn needs its place too
-    monkeypatch.setattr(model.config, "max_position_embeddings", len(models.chat_ids(tokenizer, PROMPT)) + n - 1)
-    cuts.clear(), cme.verifier_logprobs(model, tokenizer, [PROMPT], read(tokenizer, [text]))
-    assert len(cuts) == 1                                                     # one token too many is too many
-
-
-def test_score_stop_without_an_end_of_turn(toy, monkeypatch):
-    monkeypatch.setattr(cme, "end_of_turn", lambda tokenizer: None)
-    with pytest.raises(ValueError, match="end-of-turn"):
-        cme.token_rewards(*toy["verifier"], toy["generator"][1], [PROMPT], torch.tensor([[5]]), torch.tensor([1]), score_stop=True)
+    whole, [answer], rows = models.chat_ids(tokenizer, PROMPT), read(tokenizer, TEXTS[:1]), rows_read(monkeypatch)
+    for missing, kept in [(0, whole), (1, whole[:1] + whole[2:]), (len(whole) - 1, whole[:1])]:
+        monkeypatch.setattr(model.config, "max_position_embeddings", len(whole) + len(answer) - missing)
+        cme.verifier_logprobs(model, tokenizer, [PROMPT], [answer])
+        assert rows.pop() == (kept, answer)
+    monkeypatch.setattr(model.config, "max_position_embeddings", len(answer))                             # not even BOS has room
+    with pytest.raises(ValueError, match="context.*max_new_tokens"):
+        cme.verifier_logprobs(model, tokenizer, [PROMPT], [answer])

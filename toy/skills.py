@@ -335,7 +335,7 @@ def measure(model, n: int = 1000, seed: int = 99) -> dict:
     rubrics = cat.propose_rubrics([None] * n, [d[1] for d in drawn], model, max_new_tokens=80)
     result["rubric"] = share(r == cat.read_rubric(d[3]) for r, d in zip(rubrics, drawn))
     drawn = [rollouts(rng, VALUES, 8) for _ in range(n)]
-    best = cat.best_of_n([None] * n, [d[2] for d in drawn], model, max_new_tokens=4)
+    best = cat.best_of_n([f"Tell me about {d[0]}." for d in drawn], [d[2] for d in drawn], model, max_new_tokens=4)
     agreement = [{text: sum(t[a] == v for a, v in most.items()) for t, text in zip(told, texts)} for _, told, texts, most in drawn]
     result["best_of_8"] = share(a.get(b) == max(a.values()) for a, b in zip(agreement, best))
     return result

@@ -67,9 +67,8 @@ def lock(folder: str):
 
 def checkpoints(folder: str, name: str = "checkpoint") -> list:
     """The whole checkpoints of a run, oldest first."""
-    found = glob.glob(os.path.join(glob.escape(folder), f"{name}-*"))
-    found = {int(n): path for path in found if (n := path.rpartition("-")[2]).isdigit()}
-    return [found[step] for step in sorted(found)]
+    found = glob.glob(os.path.join(glob.escape(folder), f"{name}-*[0-9]"))
+    return sorted(found, key=lambda path: int(path.rpartition("-")[2]))
 
 
 def save_checkpoint(folder, step: int, model, tokenizer, state: dict, name="checkpoint") -> str:

@@ -98,7 +98,7 @@ def batches(sizes: list, budget: int, longest=float("inf"), n: int = 1) -> list:
 def chat_ids(tokenizer, prompt) -> list:
     """Ids of a prompt up to where the assistant's answer starts, under the chat template (in one
     call: rendering and encoding would double the BOS), without thinking where it has that; without
-    a template (base models) as "User:\\nHi\\n\\nAssistant:\\n".  ValueError: the template refuses."""
+    a template "User:\\nHi\\n\\nAssistant:\\n".  ValueError: the template refuses the prompt."""
     messages = messages_of(prompt)
     if tokenizer.chat_template:
         settings = {"add_generation_prompt": True, "return_dict": False, "enable_thinking": False}
@@ -180,7 +180,8 @@ class LocalModel(TextModel):
     def __init__(self, model, tokenizer, *, top_k=0, top_p=1.0, batch_tokens: int = 0):
         self.model, self.tokenizer, self.context = model, tokenizer, context_of(model)
         self.batch_tokens = batch_tokens or token_budget(model.device)
-        self.sampling = {"top_k": top_k, "top_p": top_p, "stop_ids": find_stop_ids(model, tokenizer)}
+        self.stop_ids = find_stop_ids(model, tokenizer)
+        self.sampling = {"top_k": top_k, "top_p": top_p, "stop_ids": self.stop_ids}
         special = sorted(special_tokens(tokenizer), key=len, reverse=True)
         self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")
 
@@ -206,7 +207,7 @@ class LocalModel(TextModel):
             noise = torch.Generator(self.model.device).manual_seed(seed * 1_000_003 + b)
             rows = [ids[i] for i in part]
             y, lengths = grpo.sample(self.model, rows, n, generator=noise, **settings)
-            texts, stopped = response_texts(self.tokenizer, y, lengths, settings["stop_ids"])
+            texts, stopped = response_texts(self.tokenizer, y, lengths, self.stop_ids)
             for k, (text, end, size) in enumerate(zip(texts, stopped, lengths.tolist())):
                 if part[k // n] not in skip:
                     yield part[k // n] * n + k % n, Reply(text, stopped=end, tokens=size)
@@ -270,10 +271,11 @@ class Endpoint(TextModel):
         """Yields (i * n + g, Reply) as they come; each is a request of its own, as many servers
         ignore `n` (and `seed`, which is not sent).  An error that is the user's ends them all."""
         pool, each = ThreadPoolExecutor(self.concurrency), [p for p in prompts for _ in range(n)]
-        asked = {pool.submit(self.ask, p, max_new_tokens, temperature): k for k, p in enumerate(each)}
+        running = [pool.submit(self.ask, p, max_new_tokens, temperature) for p in each]
+        places = {request: k for k, request in enumerate(running)}
         try:
-            for request in as_completed(asked):
-                yield asked[request], request.result()
+            for request in as_completed(places):
+                yield places[request], request.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 

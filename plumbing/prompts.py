@@ -11,15 +11,15 @@ from huggingface_hub import hf_hub_download
 from plumbing.files import parse_json
 
 ULTRA = "evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat"
-HEALTH = "openai/healthbench", ["2025-05-07-06-14-12_oss_eval.jsonl"]
+HEALTH = "openai/healthbench", ["2025-05-07-06-14-12_oss_eval.jsonl"]  # 5,000 conversations
 HUB = {  # name: repository on the hub, its files
     "alpaca_eval": ("tatsu-lab/alpaca_eval", ["alpaca_eval.json"]),
     "math500": ("HuggingFaceH4/MATH-500", ["test.jsonl"]),
-    "healthbench": HEALTH,  # nine conversations in ten of it, for training: 4,500
-    "healthbench-held-out": HEALTH,  # the tenth: 500
+    "healthbench": HEALTH,  # 4,500 of them, to train on
+    "healthbench-held-out": HEALTH,  # the other 500
     "ultrafeedback": ("openbmb/UltraFeedback", [name + ".jsonl" for name in ULTRA]),
 }
-FIELDS = ("prompt", "instruction", "problem")  # under which names a prompt may stand in a row
+FIELDS = "prompt", "instruction", "problem"  # under which names a prompt may stand in a row
 
 
 def messages_of(prompt) -> list:
@@ -28,7 +28,7 @@ def messages_of(prompt) -> list:
 
 
 def question_text(prompt) -> str:
-    """A prompt as text: the content of a single message, a conversation as "role: content" lines."""
+    """A prompt as text: the content of a single message, else "role: content" lines."""
     messages = messages_of(prompt)
     if len(messages) == 1:
         return messages[0]["content"]
@@ -38,7 +38,7 @@ def question_text(prompt) -> str:
 def read_prompts(path: str, lenient: bool = False) -> list:
     """Prompts from a .jsonl, .json or .txt file (a prompt per line), or by a name in HUB.
 
-    -> dicts with `prompt` (str or messages; read from one of FIELDS), `where` ("file:line") and, for
+    -> dicts with `prompt` (str or messages, under one of FIELDS), `where` ("file:line") and, for
     evaluation, `facts` (list of {"right", "wrong": [...], "kind"}), `pattern` (regular expression),
     `answer` (what belongs in \\boxed{}), `kind` (of the answer), `rubrics` (list of {"criterion",
     "points"}).  ValueError with file and line; of data from the hub (`lenient`), which nobody here
@@ -48,8 +48,9 @@ def read_prompts(path: str, lenient: bool = False) -> list:
         files = [download(path, repository, file) for file in files]
         rows = [row for file in files for row in read_prompts(file, lenient=True)]
         held_out = set(random.Random(0).sample(range(len(rows)), len(rows) // 10))
-        wanted = {"healthbench": [False], "healthbench-held-out": [True]}.get(path, [False, True])
-        return [row for i, row in enumerate(rows) if (i in held_out) in wanted]
+        if "healthbench" in path:
+            rows = [row for i, row in enumerate(rows) if (i in held_out) == ("held-out" in path)]
+        return rows
     rows, refused = [], []
     for where, item in items_of(path):
         try:

@@ -832,7 +832,8 @@ def test_load_model_refuses_logits_that_it_does_not_know(tmp_path, monkeypatch):
 
 FAMILIES = {"gemma3": ("Gemma3", {"query_pre_attn_scalar": 8, "final_logit_softcapping": None}),
             "gemma3n": ("Gemma3n", {"laurel_rank": 4, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]}),
-            "gemma4": ("Gemma4", {"global_head_dim": 8})}
+            "gemma4": ("Gemma4", {"global_head_dim": 8}),
+            "gemma4_unified": ("Gemma4Unified", {"global_head_dim": 8})}
 OLD, NEW = "language_model.model.", "model.language_model."  # how the files on the hub call the text model's weights
 
 
@@ -847,7 +848,7 @@ def multimodal(family, folder, monkeypatch, prefix=NEW):
     dummy = lambda config, **settings: real(config, **settings) if "text" in config.model_type else torch.nn.Linear(2, 2)
     with monkeypatch.context() as patch:
         patch.setattr(transformers.AutoModel, "from_config", dummy)
-        towers = {f"{kind}_config": getattr(transformers, f"{name}{kind.title()}Config")() for kind in ("vision", "audio") if family == "gemma4"}
+        towers = {f"{kind}_config": getattr(transformers, f"{name}{kind.title()}Config")() for kind in ("vision", "audio") if "gemma4" in family}
         config = getattr(transformers, f"{name}Config")(text_config=text, **towers)
         model = getattr(transformers, f"{name}ForConditionalGeneration")(config).float().eval()
     g = torch.Generator().manual_seed(0)
@@ -858,16 +859,16 @@ def multimodal(family, folder, monkeypatch, prefix=NEW):
     path = folder / "model.safetensors"
     weights = {key.replace(OLD, prefix).replace(NEW, prefix): w for key, w in safetensors.torch.load_file(path).items()}
     safetensors.torch.save_file(weights, path, {"format": "pt"})
-    assert sum(key.startswith(prefix) for key in weights) > 40 and any("tower" in key for key in weights)
+    assert sum(key.startswith(prefix) for key in weights) > 40 and any("vision" in key for key in weights)
     return model
 
 
-@pytest.mark.parametrize("family, prefix", [("gemma3", OLD), ("gemma3", NEW), ("gemma3n", NEW), ("gemma4", NEW)])
+@pytest.mark.parametrize("family, prefix", [("gemma3", OLD), ("gemma3", NEW), ("gemma3n", NEW), ("gemma4", NEW), ("gemma4_unified", NEW)])
 def test_a_multimodal_checkpoint_is_loaded_as_its_text_model(family, prefix, tmp_path, monkeypatch):
     """Scores, draws, learns and is saved like any other; the oracle is the whole model on a text alone."""
     whole = multimodal(family, tmp_path, monkeypatch, prefix)
     model = models.load_model(str(tmp_path), train=True, device="cpu")
-    assert type(model).__name__ == FAMILIES[family][0] + "ForCausalLM" and not any("tower" in name for name, _ in model.named_parameters())
+    assert type(model).__name__ == FAMILIES[family][0] + "ForCausalLM" and not any("vision" in name or "audio" in name for name, _ in model.named_parameters())
     assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
     whole_names = {name.replace(".language_model", ""): p for name, p in whole.named_parameters()}
     assert all(torch.equal(p, whole_names[name]) for name, p in model.named_parameters())

@@ -1,6 +1,5 @@
 """Files that survive a kill: JSON Lines, atomic writes, checkpoints."""
 
-import fcntl
 import glob
 import json
 import os
@@ -53,16 +52,6 @@ def read_json(path: str) -> dict:
         return {}
     with open(path, encoding="utf-8", errors="replace") as f:
         return parse_json(path, f.read())
-
-
-def lock(folder: str):
-    """An open file whose lock ends with this process, however it ends.  ValueError: in use."""
-    file = open(os.path.join(folder, "lock"), "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder} is in use by another process") from None
-    return file
 
 
 def checkpoints(folder: str, name: str = "checkpoint") -> list:

@@ -25,7 +25,6 @@ Letters: T generator (target) tokens, N verifier (source) tokens, L characters. 
 [start, end) in characters (code points) of the text, float64 because of departure 2.
 """
 
-import functools
 import json
 import re
 import weakref
@@ -126,27 +125,23 @@ def spans_from_text(tokenizer, text):
     """Ids and spans of a text that is given, for a verifier to score.
 
     text -> ids, a list of N, and spans float64 [N, 2], which tile [0, len(text)] if N > 0.
-    No special token is added, and the spelling of one ("</s>") is ordinary text.  The spans are
-    those of the ids' bytes when these give the text back: "e🙂" in SentencePiece with byte fallback,
-    `▁ e F0 9F 99 82`, has [0, 0] [0, 1] [1, 1.25] [1.25, 1.5] [1.5, 1.75] [1.75, 2].  Where the
-    tokenizer changed the text (NFC, lower case, unknown characters) see `_spans_by_offsets`.
+    No special token is added; the spelling of one ("</s>") is ordinary text, if a Unigram model
+    does not know it as a word.  Spans are those of the ids' bytes when these give the text back:
+    "e🙂" as `▁ e F0 9F 99 82` has [0, 0] [0, 1] [1, 1.25] [1.25, 1.5] [1.5, 1.75] [1.75, 2].  Where
+    the tokenizer changed the text (NFC, lower case, unknown characters) see `_spans_by_offsets`.
     ValueError: as for spans_from_ids; a lone surrogate in the text (UnicodeEncodeError).
     """
     text.encode("utf-8")  # raises on a lone surrogate
     pieces = _pieces(tokenizer)
     plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
     encoding = tokenizer(text, **plain, return_offsets_mapping=True)
-    ids, offsets = encoding.input_ids, encoding.offset_mapping
-    parts = [pieces[i] for i in ids]
-    if not all(parts):  # a special token all the same: an unknown character, or see plain_backend
-        encoding = pieces.plain_backend.encode(text, add_special_tokens=False)
-        ids, offsets, parts = encoding.ids, encoding.offsets, [pieces[i] for i in encoding.ids]
+    parts = [pieces[i] for i in encoding.input_ids]
     spelled = text.replace(pieces.space, " ") if pieces.space else text  # a literal ▁ is a space
     for drop_prefix in (False, True):
         decoded, spans = _spans_of_bytes(parts, drop_prefix)
         if decoded == spelled:
-            return ids, spans
-    return ids, _spans_by_offsets(text, parts, offsets)
+            return encoding.input_ids, spans
+    return encoding.input_ids, _spans_by_offsets(text, parts, encoding.offset_mapping)
 
 
 def special_ids(tokenizer):
@@ -267,17 +262,6 @@ class _Pieces(dict):
         else:
             piece = token.replace(self.space or " ", " ").encode()
         return self.setdefault(i, piece)
-
-    @functools.cached_property
-    def plain_backend(self):
-        """The backend with its special tokens respelled: to a Unigram model "</s>" is a word."""
-        spec, hidden = self.backend.to_str(), {str(self.added[i]): i for i in self.special}
-        for token, i in hidden.items():
-            spec = spec.replace(json.dumps(token, ensure_ascii=False), f'"\U0010ffff{i}"')
-        spec = json.loads(spec)
-        if merges := spec["model"].get("merges"):
-            spec["model"]["merges"] = [pair for pair in merges if "".join(pair) not in hidden]
-        return type(self.backend).from_str(json.dumps(spec))
 
 
 def _byte_alphabet():

@@ -22,10 +22,9 @@ from torch.utils.checkpoint import checkpoint
 
 def pad(rows: list, device=None):
     """B lists of ids -> ids [B, L], right-padded with 0, and lengths [B]."""
-    L = max(map(len, rows))
-    lengths = torch.tensor([len(r) for r in rows], device=device)
-    ids = [list(r) + [0] * (L - len(r)) for r in rows]
-    return torch.tensor(ids, dtype=torch.long, device=device), lengths
+    lengths = [len(row) for row in rows]
+    ids = [list(row) + [0] * (max(lengths) - len(row)) for row in rows]
+    return torch.tensor(ids, dtype=torch.long, device=device), torch.tensor(lengths, device=device)
 
 
 def model_logits(model, hidden: torch.Tensor) -> torch.Tensor:
@@ -33,10 +32,8 @@ def model_logits(model, hidden: torch.Tensor) -> torch.Tensor:
     Gemma 2 and 3n cap them softly, Cohere multiplies, Granite divides.  Checked at loading."""
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden).float()
-    if getattr(config, "logit_scale", None):
-        logits = logits * config.logit_scale
-    if getattr(config, "logits_scaling", None):
-        logits = logits / config.logits_scaling
+    logits = logits * (getattr(config, "logit_scale", None) or 1)
+    logits = logits / (getattr(config, "logits_scaling", None) or 1)
     if cap := getattr(config, "final_logit_softcapping", None):
         logits = cap * torch.tanh(logits / cap)
     return logits
@@ -60,8 +57,7 @@ def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torc
     if top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True, stable=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # the mass before this token suffices
-        beyond = torch.zeros_like(beyond).scatter(-1, order, beyond)
-        logits = logits.masked_fill(beyond, -torch.inf)
+        logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
@@ -74,8 +70,8 @@ def sample(model, prompt_ids: list, group_size: int, *, max_new_tokens: int, sto
     `batch_tokens`, but for one group at least.  ValueError: an empty prompt."""
     if not prompt_ids or not all(prompt_ids):
         raise ValueError("sample needs at least one prompt, and at least one token in each")
-    size = group_size * (max(map(len, prompt_ids)) + max_new_tokens)
-    size = max(1, batch_tokens // size)  # prompts in a batch
+    longest = max(map(len, prompt_ids)) + max_new_tokens
+    size = max(1, batch_tokens // (group_size * longest))  # prompts in a batch
     parts = [prompt_ids[i : i + size] for i in range(0, len(prompt_ids), size)]
     done = [_sample(model, p, group_size, max_new_tokens, stop_ids, settings) for p in parts]
     ids, lengths = map(torch.cat, zip(*done))

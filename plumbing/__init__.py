@@ -1,33 +1,39 @@
 """All that the papers do not speak of: models, prompt files, files."""
 
+import logging
 import os
 import sys
 from dataclasses import field
 
 import torch
 from tqdm import tqdm
+from transformers.utils import logging as model_logging
 
 
 def option(default, help):
     """A field of an options class, with its line for --help."""
-    metadata = {"help": help}
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    listed = isinstance(default, list)
+    value = {"default_factory": default.copy} if listed else {"default": default}
+    return field(**value, metadata={"help": help})
 
 
 def one_clear_line(main, script: str, again: str = "the same command continues"):
     """Runs main().  A user's mistake ends in one line and status 2, Ctrl-C in 130, trouble in 1."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our line says it all
+    model_logging.set_verbosity_error()
+    model_logging.disable_progress_bar()
     try:
         return main()
     except (FloatingPointError, ConnectionError, torch.OutOfMemoryError) as e:
         status, line = 1, f"{str(e).splitlines()[0]} ({again})"
+    except ImportError as e:
+        status, line = 2, f"a package is missing: pip install {e.name}"
     except (ValueError, OSError) as e:
         status, line = 2, str(e)
     except KeyboardInterrupt:
         status, line = 130, f"stopped; {again}"
-    print(f"{script}: {line}", file=sys.stderr)
-    sys.stdout.flush(), sys.stderr.flush()
+    print(f"{script}: {line}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
     os._exit(status)  # at once: no thread that waits for a server holds this up
 
 
@@ -38,5 +44,5 @@ def one_line(text) -> str:
 
 def progress(items, **settings):
     """A progress bar; a line every ten seconds where nobody is watching."""
-    watched = sys.stderr.isatty()
-    return tqdm(items, dynamic_ncols=True, mininterval=0.2 if watched else 10, **settings)
+    pause = 0.2 if sys.stderr.isatty() else 10
+    return tqdm(items, dynamic_ncols=True, mininterval=pause, **settings)

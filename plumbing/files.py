@@ -1,6 +1,5 @@
 """Files that survive a kill: JSON Lines, atomic writes, checkpoints."""
 
-import fcntl
 import glob
 import json
 import os
@@ -55,21 +54,10 @@ def read_json(path: str) -> dict:
         return parse_json(path, f.read())
 
 
-def lock(folder: str):
-    """An open file whose lock ends with this process, however it ends.  ValueError: in use."""
-    file = open(os.path.join(folder, "lock"), "w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder} is in use by another process") from None
-    return file
-
-
 def checkpoints(folder: str, name: str = "checkpoint") -> list:
     """The whole checkpoints of a run, oldest first."""
-    found = glob.glob(os.path.join(glob.escape(folder), f"{name}-*"))
-    found = {int(n): path for path in found if (n := path.rpartition("-")[2]).isdigit()}
-    return [found[step] for step in sorted(found)]
+    found = glob.glob(os.path.join(glob.escape(folder), f"{name}-*[0-9]"))
+    return sorted(found, key=lambda path: int(path.rpartition("-")[2]))
 
 
 def save_checkpoint(folder, step: int, model, tokenizer, state: dict, name="checkpoint") -> str:

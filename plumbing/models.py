@@ -4,52 +4,53 @@ A text model has complete(prompts, *, n, max_new_tokens, temperature, seed) -> P
 None; a local one also logprob(prompts, texts) -> [B] and yes_probability(prompts) -> [B].
 """
 
-import logging
 import re
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from itertools import islice
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import NamedTuple
 
 import torch
 from jinja2 import TemplateError
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging as model_logging
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import grpo
 from plumbing.prompts import messages_of
 
-PLAIN_TEMPLATE = "{role}:\n{content}\n\n"  # for base models: "User:\nHi\n\nAssistant:\n"
+# What weights of a multimodal checkpoint (old layout, new) are called in its text model alone.
+TEXT_NAMES = {r"^language_model\.lm_head": "lm_head",
+              r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
+KINDS = {"APITimeoutError": "time-out", "APIConnectionError": "connection"}  # of a server's errors
 LONGEST = 1_000_000  # characters of a server's answer; the rest is cut
 load_tokenizer = AutoTokenizer.from_pretrained  # from a folder, or by its name on the hub
 
 
 def load_model(path: str, *, train: bool, device):
-    """A causal language model from a folder or by its hub name, in eval mode, without dropout.
+    """A causal language model from a folder or by its hub name, in eval mode, without dropout; of a
+    multimodal one (Gemma 3, 3n, 4) the text model, without its towers.
 
     train: float32 weights with gradients (AdamW at 1e-6 changes nothing in bf16); else frozen, bf16
-    on CUDA.  ValueError: `grpo.model_logits` does not give the model's own logits."""
+    on CUDA.  ValueError: missing weights; `grpo.model_logits` does not give the model's own."""
     exact = train or torch.device(device).type == "cpu"
     dtype, tolerance = (torch.float32, 1e-4) if exact else (torch.bfloat16, 2e-2)
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device).eval()
-    for module in model.requires_grad_(train).modules():  # checkpointing wants training mode
-        for name, value in vars(module).items():
-            if type(value) is float and ("dropout" in name or isinstance(module, torch.nn.Dropout)):
-                setattr(module, name, 0.0)
-    ids = torch.arange(8, device=device)[None] % model.config.get_text_config().vocab_size
+    config = AutoConfig.from_pretrained(path).get_text_config()
+    config.update({name: 0.0 for name in vars(config) if "drop" in name})  # in training mode too
+    settings = {"config": config, "dtype": dtype, "key_mapping": TEXT_NAMES}
+    model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **settings)
+    if found["missing_keys"]:
+        raise ValueError(f"{type(model).__name__} finds no {min(found['missing_keys'])} in it")
+    vars(model).pop("_weight_conversions", None)  # saved as what it is now, a text model
+    model = model.to(device).eval().requires_grad_(train)
+    ids = torch.arange(8, device=device)[None] % config.vocab_size
     with torch.no_grad():
         own = model(input_ids=ids).logits.float()
         ours = grpo.model_logits(model, model.base_model(input_ids=ids).last_hidden_state)
-    size = own[own.abs() < 1e30].abs().max().item()  # some models mask logits with -inf or so
-    if not torch.allclose(own, ours, rtol=1e-3, atol=tolerance * size):
+    near_zero = tolerance * own.abs().median().item()  # the largest may be masked, as -inf or so
+    if not torch.allclose(own, ours, rtol=tolerance, atol=near_zero):
         raise ValueError(f"{type(model).__name__} changes its logits: teach grpo.model_logits how")
     return model
 
 
 def load(what: str, path: str, device, train: bool = False):
     """A model (None without a device) and its tokenizer.  ValueError in one line from `what`."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our line says it all
-    model_logging.set_verbosity_error()
-    model_logging.disable_progress_bar()
     try:
         return device and load_model(path, train=train, device=device), load_tokenizer(path)
     except Exception as e:  # broken files, no network, unknown architectures ...
@@ -74,7 +75,7 @@ def use_threads(models: list):
 
 def context_of(model) -> float:
     """The longest sequence that a model can read, in tokens."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
+    return getattr(model.config, "max_position_embeddings", None) or float("inf")
 
 
 def token_budget(device) -> int:
@@ -87,10 +88,8 @@ def batches(sizes: list, budget: int, longest=float("inf"), n: int = 1) -> list:
     (but one item at least), n rows for each item; what exceeds `longest` is left out.
     sizes (5, 2, 9, 2), budget 6 -> [[1, 3], [0], [2]]."""
     parts = []
-    for i in sorted(range(len(sizes)), key=lambda i: sizes[i]):
-        if sizes[i] > longest:
-            break
-        if not parts or (len(parts[-1]) + 1) * n * sizes[i] > budget:
+    for size, i in sorted((size, i) for i, size in enumerate(sizes) if size <= longest):
+        if not parts or (len(parts[-1]) + 1) * n * size > budget:
             parts.append([])
         parts[-1].append(i)
     return parts
@@ -99,18 +98,17 @@ def batches(sizes: list, budget: int, longest=float("inf"), n: int = 1) -> list:
 def chat_ids(tokenizer, prompt) -> list:
     """Ids of a prompt up to where the assistant's answer starts, under the chat template (in one
     call: rendering and encoding would double the BOS), without thinking where it has that; without
-    a template, PLAIN_TEMPLATE for each message.  ValueError: the template refuses the prompt."""
+    a template "User:\\nHi\\n\\nAssistant:\\n".  ValueError: the template refuses the prompt."""
     messages = messages_of(prompt)
     if tokenizer.chat_template:
         settings = {"add_generation_prompt": True, "return_dict": False, "enable_thinking": False}
         try:
-            return list(tokenizer.apply_chat_template(messages, tokenize=True, **settings))
+            return list(tokenizer.apply_chat_template(messages, **settings))
         except TemplateError as e:
             raise ValueError(f"{tokenizer.name_or_path}'s chat template refuses it: {e}") from None
-    turns = (m | {"role": m["role"].capitalize()} for m in messages)
-    text = "".join(PLAIN_TEMPLATE.format(**turn) for turn in turns) + "Assistant:\n"
+    text = "".join(f"{m['role'].capitalize()}:\n{m['content']}\n\n" for m in messages)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return bos + tokenizer(text, add_special_tokens=False).input_ids
+    return bos + tokenizer(text + "Assistant:\n", add_special_tokens=False).input_ids
 
 
 def special_tokens(tokenizer) -> dict:
@@ -122,13 +120,13 @@ def special_tokens(tokenizer) -> dict:
 def end_of_turn(tokenizer):
     """The id that ends an assistant's turn: the first special token behind its content in the chat
     template, else the tokenizer's EOS; None if it has none."""
+    tail = []
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "xyzzy"}]
-        tail = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("xyzzy")[2]
-        for i in tokenizer(tail, add_special_tokens=False).input_ids:
-            if i in special_tokens(tokenizer).values():
-                return i
-    return tokenizer.eos_token_id
+        text = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("xyzzy")[2]
+        tail = tokenizer(text, add_special_tokens=False).input_ids
+    special = special_tokens(tokenizer).values()
+    return next((i for i in tail if i in special), tokenizer.eos_token_id)
 
 
 def find_stop_ids(model, tokenizer) -> list:
@@ -202,13 +200,13 @@ class LocalModel(TextModel):
         for k in range(n * len(ids)):
             if sizes[k // n] > self.context and k // n not in skip:
                 yield k, Reply(None, f"{sizes[k // n]} tokens do not fit {self.context}")
+        settings = self.sampling | {"max_new_tokens": max_new_tokens, "temperature": temperature}
         for b, part in enumerate(batches(sizes, self.batch_tokens, self.context, n)):
             if skip.issuperset(part):
                 continue
             noise = torch.Generator(self.model.device).manual_seed(seed * 1_000_003 + b)
-            settings = self.sampling | {"temperature": temperature, "generator": noise}
-            y, lengths = grpo.sample(self.model, [ids[i] for i in part], n,
-                                     max_new_tokens=max_new_tokens, **settings)
+            rows = [ids[i] for i in part]
+            y, lengths = grpo.sample(self.model, rows, n, generator=noise, **settings)
             texts, stopped = response_texts(self.tokenizer, y, lengths, self.stop_ids)
             for k, (text, end, size) in enumerate(zip(texts, stopped, lengths.tolist())):
                 if part[k // n] not in skip:
@@ -250,12 +248,11 @@ class LocalModel(TextModel):
 
 def parse_endpoint(name: str):
     """"MODEL@URL" -> (model, url), split at the last "@http"; ValueError, without any password."""
-    model, _, rest = name.rpartition("@http")
-    url = r"s?://([\w.-]+|\[[\da-f:]+\])(:\d{1,5})?(/[^\s?@]*)?"
-    if not model.strip() or not re.fullmatch(url, rest):
-        raise ValueError(f"{model or 'it'}@... is not MODEL@URL with a URL like "
+    url = r"https?://(?:[\w.-]+|\[[\da-f:]+\])(?::\d{1,5})?(?:/[^\s?@]*)?"
+    if not (parts := re.fullmatch(rf"(.*\S.*)@({url})", name)):
+        raise ValueError(f"{name.partition('@')[0]}@... is not MODEL@URL with a URL like "
                          "http://127.0.0.1:8000/v1 (a key does not go into the URL)")
-    return model, "http" + rest
+    return parts.groups()
 
 
 class Endpoint(TextModel):
@@ -263,10 +260,7 @@ class Endpoint(TextModel):
     pauses and time-outs (seconds).  last_error: a line about the latest failure."""
 
     def __init__(self, model: str, url: str, *, key=None, concurrency=8, timeout=60.0, retries=4):
-        try:
-            import openai
-        except ImportError:
-            raise ValueError(f"{model}@{url} needs a package: pip install openai") from None
+        import openai
         self.model, self.name, self.concurrency = model, f"{model} at {url}", concurrency
         self.last_error, self.answered, self.refused = "", False, set()
         self.key = (key or "no-key").strip()  # a saved Hugging Face token stays at home
@@ -274,18 +268,14 @@ class Endpoint(TextModel):
         self.client = openai.OpenAI(base_url=url, api_key=self.key, **settings)
 
     def stream(self, prompts, *, n=1, max_new_tokens: int, temperature=1.0, seed=0):
-        """Yields (i * n + g, Reply) as they come; few of `prompts`, any iterable, are held.  Each is
-        a request of its own, as many servers ignore `n` (and `seed`, which is not sent)."""
-        pool, running = ThreadPoolExecutor(self.concurrency), {}
-        todo = enumerate(prompt for prompt in prompts for _ in range(n))
+        """Yields (i * n + g, Reply) as they come; each is a request of its own, as many servers
+        ignore `n` (and `seed`, which is not sent).  An error that is the user's ends them all."""
+        pool, each = ThreadPoolExecutor(self.concurrency), [p for p in prompts for _ in range(n)]
+        running = [pool.submit(self.ask, p, max_new_tokens, temperature) for p in each]
+        places = {request: k for k, request in enumerate(running)}
         try:
-            while True:
-                for k, prompt in islice(todo, 2 * self.concurrency - len(running)):
-                    running[pool.submit(self.ask, prompt, max_new_tokens, temperature)] = k
-                if not running:
-                    return
-                for request in wait(running, return_when=FIRST_COMPLETED).done:
-                    yield running.pop(request), request.result()  # the first error ends it all
+            for request in as_completed(places):
+                yield places[request], request.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
@@ -293,16 +283,16 @@ class Endpoint(TextModel):
         """One answer.  ValueError: wrong key, model or URL (401 or 404 before any answer)."""
         send = {"max_tokens": max_new_tokens, "temperature": temperature}
         send = {name: value for name, value in send.items() if name not in self.refused}
-        other = {} if "max_tokens" in send else {"max_completion_tokens": max_new_tokens}
-        chat = {"model": self.model, "messages": messages_of(prompt)} | send | other
+        chat = {"model": self.model, "messages": messages_of(prompt), **send}
+        if "max_tokens" not in send:
+            chat["max_completion_tokens"] = max_new_tokens
         try:
-            text = self.client.chat.completions.create(**chat).choices[0].message.content
+            text = self.client.chat.completions.create(**chat).choices[0].message.content[:LONGEST]
             self.answered = True
-            return Reply(text[:LONGEST].encode(errors="replace").decode())
+            return Reply(text.encode(errors="replace").decode())
         except Exception as e:  # the server's, the network's, or of an answer that is none
-            kinds = {"APITimeoutError": "time-out", "APIConnectionError": "connection"}
             status = getattr(e, "status_code", 0)
-            kind = status or kinds.get(type(e).__name__, "unreadable")
+            kind = status or KINDS.get(type(e).__name__, "unreadable")
             error = " ".join(f"{kind}, {e.__cause__ or e}".replace(self.key, "***").split())[:250]
         if status in (401, 404) and not self.answered:  # later it is this prompt's trouble
             raise ValueError(f"{self.name} answers {status}: wrong key, model or URL")

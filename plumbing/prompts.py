@@ -1,24 +1,25 @@
 """Prompt files, and the data sets of the papers by name."""
 
 import json
-import logging
 import random
 import re
 import sys
+from itertools import islice
 
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from plumbing.files import parse_json
 
 ULTRA = "evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat"
+HEALTH = "openai/healthbench", ["2025-05-07-06-14-12_oss_eval.jsonl"]  # 5,000 conversations
 HUB = {  # name: repository on the hub, its files
     "alpaca_eval": ("tatsu-lab/alpaca_eval", ["alpaca_eval.json"]),
     "math500": ("HuggingFaceH4/MATH-500", ["test.jsonl"]),
-    "healthbench": ("openai/healthbench", ["2025-05-07-06-14-12_oss_eval.jsonl"]),
+    "healthbench": HEALTH,  # 4,500 of them, to train on
+    "healthbench-held-out": HEALTH,  # the other 500
     "ultrafeedback": ("openbmb/UltraFeedback", [name + ".jsonl" for name in ULTRA]),
 }
-FIELDS = ("prompt", "instruction", "problem")  # under which names a prompt may stand in a row
+FIELDS = "prompt", "instruction", "problem"  # under which names a prompt may stand in a row
 
 
 def messages_of(prompt) -> list:
@@ -27,7 +28,7 @@ def messages_of(prompt) -> list:
 
 
 def question_text(prompt) -> str:
-    """A prompt as text: the content of a single message, a conversation as "role: content" lines."""
+    """A prompt as text: the content of a single message, else "role: content" lines."""
     messages = messages_of(prompt)
     if len(messages) == 1:
         return messages[0]["content"]
@@ -37,7 +38,7 @@ def question_text(prompt) -> str:
 def read_prompts(path: str, lenient: bool = False) -> list:
     """Prompts from a .jsonl, .json or .txt file (a prompt per line), or by a name in HUB.
 
-    -> dicts with `prompt` (str or messages; read from one of FIELDS), `where` ("file:line") and, for
+    -> dicts with `prompt` (str or messages, under one of FIELDS), `where` ("file:line") and, for
     evaluation, `facts` (list of {"right", "wrong": [...], "kind"}), `pattern` (regular expression),
     `answer` (what belongs in \\boxed{}), `kind` (of the answer), `rubrics` (list of {"criterion",
     "points"}).  ValueError with file and line; of data from the hub (`lenient`), which nobody here
@@ -45,7 +46,11 @@ def read_prompts(path: str, lenient: bool = False) -> list:
     if path in HUB:
         repository, files = HUB[path]
         files = [download(path, repository, file) for file in files]
-        return [row for file in files for row in read_prompts(file, lenient=True)]
+        rows = [row for file in files for row in read_prompts(file, lenient=True)]
+        held_out = set(random.Random(0).sample(range(len(rows)), len(rows) // 10))
+        if "healthbench" in path:
+            rows = [row for i, row in enumerate(rows) if (i in held_out) == ("held-out" in path)]
+        return rows
     rows, refused = [], []
     for where, item in items_of(path):
         try:
@@ -63,20 +68,18 @@ def read_prompts(path: str, lenient: bool = False) -> list:
 
 def items_of(path: str) -> list:
     """(where, item) of all that a prompt file holds."""
-    if not path.endswith((".jsonl", ".json", ".txt")):
+    kind = path.rpartition(".")[2]
+    if kind not in ("jsonl", "json", "txt"):
         raise ValueError(f"{path}: prompts are read from .jsonl, .json or .txt files")
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            text = f.read()
-    except (OSError, UnicodeDecodeError) as e:
-        raise ValueError(f"{path}: cannot be read as a UTF-8 text file ({e})") from None
-    if path.endswith(".json"):
+    with open(path, encoding="utf-8-sig", errors="surrogateescape") as f:  # see check_row
+        text = f.read()
+    if kind == "json":
         items = parse_json(path, text)
         if not isinstance(items, list):
             raise ValueError(f"{path}: a .json file of prompts must hold a list")
         return [(f"{path}: item {n}", item) for n, item in enumerate(items, 1)]
     lines = [(f"{path}:{n}", x.strip()) for n, x in enumerate(text.split("\n"), 1) if x.strip()]
-    return lines if path.endswith(".txt") else [(at, parse_json(at, line)) for at, line in lines]
+    return lines if kind == "txt" else [(at, parse_json(at, line)) for at, line in lines]
 
 
 def check_row(where: str, row) -> dict:
@@ -91,59 +94,55 @@ def check_row(where: str, row) -> dict:
             isinstance(r, dict) and isinstance(r.get(name), kind)
             for r in rows for name, kind in kinds.items())
 
-    row = {"prompt": row} if isinstance(row, (str, list)) else row
+    row = row if isinstance(row, dict) else {"prompt": row}
     halves = re.search("[\\ud800-\\udfff]", json.dumps(row, ensure_ascii=False))
-    need(not halves, "half a surrogate pair is no character")
-    need(isinstance(row, dict), f"expected an object or a string, found {json.dumps(row)[:40]}")
+    need(not halves, "half a surrogate pair is no character (or this is not UTF-8)")
     prompt = next((row[name] for name in FIELDS if name in row), None)
     messages, pattern, answer = messages_of(prompt), row.get("pattern"), row.get("answer")
     facts, rubrics = row.get("facts") or [], row.get("rubrics") or []
     need(messages and lists(messages, role=str, content=str), "needs a `prompt` (or instruction, "
          "problem): a string, or a list of messages with `role` and `content`")
     need(any(m["content"].strip() for m in messages), "the prompt is empty")
-    need(lists(facts, right=str, wrong=list) and all(isinstance(w, str) for f in facts
-         for w in f["wrong"]), '`facts` must be a list of {"right": string, "wrong": [strings]}')
-    need(lists(rubrics, criterion=str, points=(int, float)) and all(r["criterion"].strip()
-         for r in rubrics), '`rubrics` must be a list of {"criterion": string, "points": number}')
+    need(lists(facts, right=str, wrong=list), '`facts` are {"right": string, "wrong": [strings]}')
+    need(lists(rubrics, criterion=str, points=(int, float)),
+         '`rubrics` are {"criterion": string, "points": number}')
     try:
         re.compile(pattern or "")
     except (re.error, TypeError, OverflowError, RecursionError) as e:
         need(False, f"`pattern` is not a regular expression ({e})")
     answer = str(answer) if type(answer) in (str, int, float) else None  # other people's may be any
-    kind = row["kind"] if isinstance(row.get("kind"), str) else None
     return {"prompt": prompt, "where": where, "facts": facts, "pattern": pattern, "answer": answer,
-            "kind": kind, "rubrics": rubrics}
+            "kind": row.get("kind"), "rubrics": rubrics}
 
 
 def download(what: str, repository: str, file: str) -> str:
     """The local path of a file of a data set on the hub.  ValueError in one line."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our line says it all
     try:
         return hf_hub_download(repository, file, repo_type="dataset")
     except Exception as e:  # no network, no access, no such file ...
-        e = e if isinstance(e, HfHubHTTPError) else e.__cause__ or e
-        why = " ".join(str(e).split())[:400] or type(e).__name__
+        why = " ".join(f"{e} {e.__cause__ or ''}".split())[:400] or type(e).__name__
         raise ValueError(f"{what}: {file} of {repository} cannot be downloaded, {why}") from None
 
 
 def with_suffix(rows: list, suffix: str) -> list:
     """The rows with a paragraph added to their prompts, in a conversation to its last message."""
-    result = []
-    for row in rows if suffix else ():
-        *before, last = messages_of(row["prompt"])
-        text = f"{last['content']}\n\n{suffix}"
-        single = isinstance(row["prompt"], str)
-        result.append(row | {"prompt": text if single else [*before, last | {"content": text}]})
-    return result if suffix else rows
+
+    def longer(prompt):
+        if isinstance(prompt, str):
+            return f"{prompt}\n\n{suffix}"
+        return [*prompt[:-1], prompt[-1] | {"content": longer(prompt[-1]["content"])}]
+
+    return [row | {"prompt": longer(row["prompt"])} for row in rows] if suffix else rows
 
 
 def draw_prompts(rows, tokenizer=None, *, n: int = 5000, most_tokens: int = 512, seed: int = 0):
     """n of the rows, drawn with a fixed seed, in their own order; with a tokenizer only prompts of
     at most `most_tokens` (CME's draw from UltraFeedback)."""
-    chosen = []
-    for i in random.Random(seed).sample(range(len(rows)), len(rows)):
-        text = question_text(rows[i]["prompt"]) if tokenizer and len(chosen) < n else ""
-        if not text or len(tokenizer(text, add_special_tokens=False).input_ids) <= most_tokens:
-            chosen.append(i)
-    chosen = chosen[:n]
+
+    def fits(row):
+        text = question_text(row["prompt"])
+        return len(tokenizer(text, add_special_tokens=False).input_ids) <= most_tokens
+
+    order = random.Random(seed).sample(range(len(rows)), len(rows))
+    chosen = islice((i for i in order if tokenizer is None or fits(rows[i])), n)
     return [rows[i] for i in sorted(chosen)]

@@ -332,8 +332,9 @@ def check_text(name, tokenizer, text):
     ids, spans = spans_from_text(tokenizer, text)
     assert spans.dtype == np.float64 and spans.shape == (len(ids), 2)
     check_tiles(text, spans)
-    unknown = {tokenizer.unk_token_id}
-    assert not (special_ids(tokenizer) - unknown) & set(ids), "a special token read from ordinary text"
+    if not name.startswith("unigram"):  # to which "</s>" is a word like others
+        unknown = {tokenizer.unk_token_id}
+        assert not (special_ids(tokenizer) - unknown) & set(ids), "a special token read from ordinary text"
     return ids, spans
 
 
@@ -342,7 +343,7 @@ def check_text(name, tokenizer, text):
 def test_spans_from_text_tile(name, key):
     tokenizer, text = tokenizer_of(name), TEXTS[key]
     ids, spans = check_text(name, tokenizer, text)
-    if not (name.startswith("unigram") or tokenizer.unk_token_id in ids):
+    if tokenizer.unk_token_id not in ids:
         assert ids == tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
@@ -397,7 +398,7 @@ def test_special_strings_stay_text(name):
     for i in special_ids(tokenizer):
         text = f"a {tokenizer.convert_ids_to_tokens(i)}b"
         ids, spans = check_text(name, tokenizer, text)
-        assert len(ids) > 2 and (i not in ids or i == tokenizer.unk_token_id)
+        assert len(ids) > 2 and (i not in ids or i == tokenizer.unk_token_id or name.startswith("unigram"))
         if i > 20:
             break  # Mistral's have a thousand of the same kind
     # an ordinary call afterwards still reads them as special
@@ -437,22 +438,21 @@ def test_tokens_added_later():
     tokenizer.eos_token = "<tool:é>"  # named, but not flagged
     assert spans_from_ids(tokenizer, [last])[0] == "" and last in special_ids(tokenizer)
     plain = copy.deepcopy(make("unigram"))
-    spans_from_text(plain, "x</s>")
     plain.add_tokens([AddedToken("<later>", special=False)])
-    ids, spans = spans_from_text(plain, "x</s><later>")
-    assert ids[-1] == len(plain) - 1 and spans[-1].tolist() == [5, 12]
+    ids, spans = spans_from_text(plain, "x<later>")
+    assert ids[-1] == len(plain) - 1 and spans[-1].tolist() == [1, 8]
     plain.add_tokens(["<0x41>"])
     assert spans_from_ids(plain, [len(plain) - 1])[0] == "<0x41>"  # no byte fallback: a token like any other
 
 
 def test_special_token_that_merges_can_build():
+    """Where the library reads the end of the text all the same, the token covers its spelling."""
     vocab = {token: i for i, token in enumerate(["<unk>", "</s>", "<", "/", "s", ">", "</", "s>", "a"])}
     backend = Tokenizer(models.BPE(vocab, [("<", "/"), ("s", ">"), ("</", "s>")], unk_token="<unk>"))
     backend.decoder = decoders.Metaspace("▁", "never")
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
-    assert tokenizer.encode("a</s>", split_special_tokens=True) == [8, 1]  # the library alone reads the end of the text
     ids, spans = spans_from_text(tokenizer, "a</s>")
-    assert ids == [8, 6, 7] and spans.tolist() == [[0, 1], [1, 3], [3, 5]]
+    assert ids == [8, 1] and spans.tolist() == [[0, 1], [1, 5]]
 
 
 def test_special_ids():

@@ -29,13 +29,15 @@ MATH = [{"problem": rf"Convert the point $(0,{n})$ to polar coordinates $(r,\the
 HEALTH = [{"example_tags": ["theme:hedging"], "ideal_completions_data": None if n else {"ideal_completion": "Rest.", "ideal_completions_group": "Group 1"},
            "prompt": [{"role": role, "content": f"My knee hurts, {role}."} for role in (["user", "assistant", "user"] if n else ["user"])],
            "prompt_id": f"a-{n}", "rubrics": [{"criterion": "Advises rest", "points": 7, "tags": ["level:example"]},
-                                             {"criterion": f"Names a drug {n}", "points": -8, "tags": []}], "canary": "healthbench:0000"} for n in range(2)]
+                                             {"criterion": f"Names a drug {n}", "points": -8, "tags": []}], "canary": "healthbench:0000"} for n in range(20)]
 ULTRA = {f"{source}.jsonl": [{"source": source, "instruction": f"{source}, question {n}\u2028?", "models": ["llama-2-7b-chat"], "completions": [
     {"model": "llama-2-7b-chat", "response": "Yes.\nNo.", "annotations": {"honesty": {"Rating": "5"}}}], "correct_answers": ["None"], "incorrect_answers": []}
     for n in range(4)] for source in ("evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat")}
 ULTRA["flan.jsonl"][1]["instruction"] = LONG
 SETS = {"alpaca_eval": ("tatsu-lab/alpaca_eval", {"alpaca_eval.json": ALPACA}), "math500": ("HuggingFaceH4/MATH-500", {"test.jsonl": MATH}),
         "healthbench": ("openai/healthbench", {"2025-05-07-06-14-12_oss_eval.jsonl": HEALTH}), "ultrafeedback": ("openbmb/UltraFeedback", ULTRA)}
+HEALTH_HELD_OUT = [12, 13]                                                      # of twenty, by the fixed seed
+SETS["healthbench-held-out"] = SETS["healthbench"]
 FILES = {file: (repository, json.dumps(rows, indent=4) if file.endswith(".json") else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
          for repository, files in SETS.values() for file, rows in files.items()}
 TROUBLES = {"missing": (404, "EntryNotFound", "Entry not found"), "failing": (503, "", "Come back later"), "forbidden": (403, "", "Not for you"),
@@ -150,13 +152,26 @@ def test_a_data_set_is_read_and_then_cached(hub, command, name):
     files = SETS[name][1]
     expected = [(next(row[k] for k in ("instruction", "problem", "prompt") if k in row), row.get("answer"), row.get("rubrics", []), [], None)
                 for rows in files.values() for row in rows]
+    if name.startswith("healthbench"):
+        expected = [row for i, row in enumerate(expected) if (i in HEALTH_HELD_OUT) == (name != "healthbench")]
     for downloaded, up in ((list(files), True), ([], True), ([], False)):
         hub.asked = [] if up else hub.close() or []
         status, out, err = command("", f"prompts.read_prompts({name!r})")
         assert status == 0 and [file for method, file in hub.asked if method == "GET"] == downloaded and bool(hub.asked) == up, err
         rows = json.loads(out)
         assert [tuple(row[k] for k in ("prompt", "answer", "rubrics", "facts", "pattern")) for row in rows] == expected
-    assert rows[1]["where"].endswith("alpaca_eval.json: item 2" if name == "alpaca_eval" else f"{list(files)[0]}:2")
+    assert rows[1]["where"].endswith("alpaca_eval.json: item 2" if name == "alpaca_eval" else f"{list(files)[0]}:{14 if 'held' in name else 2}")
+
+
+def test_health_benchs_split(tmp_path, monkeypatch):
+    """4,500 conversations to train on and 500 others, from everywhere in the file, in its order; the same ones each time."""
+    path = tmp_path / "health.jsonl"
+    path.write_text("".join(json.dumps(HEALTH[1] | {"prompt": f"{i}"}) + "\n" for i in range(5000)))
+    monkeypatch.setattr(prompts, "download", lambda *_: str(path))
+    train, held_out = ([int(row["prompt"]) for row in prompts.read_prompts(name)] for name in ("healthbench", "healthbench-held-out"))
+    assert (len(train), len(held_out)) == (4500, 500) and sorted(train + held_out) == list(range(5000))
+    assert train == sorted(train) and held_out == sorted(held_out) and held_out[:5] == [0, 1, 9, 12, 19]
+    assert all(20 < sum(a <= i < a + 500 for i in held_out) < 80 for a in range(0, 5000, 500))
 
 
 @pytest.mark.parametrize("trouble, name, file, said", [
@@ -172,7 +187,7 @@ def test_a_data_set_that_cannot_be_had(hub, command, tmp_path, trouble, name, fi
         status, out, err = command(program, *arguments)
         assert status == 2 and len(err.splitlines()) == 1, err
         assert err.startswith(f"{program}: {name}: {file} of {SETS[name][0]} cannot be downloaded, ") and said in err and len(err) < 600
-        assert not folder.exists() or program == "evaluate.py" and os.listdir(folder) == ["lock"]
+        assert not folder.exists() or program == "evaluate.py" and set(os.listdir(folder)) <= {"lock"}
     assert not list(command.home.rglob("*.incomplete")) and not list(command.home.rglob(f"snapshots/*/{file}"))
     hub.troubles.clear()
     well = Hub(command.port) if trouble == "gone" else hub

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from hypothesis import given, settings, strategies as st
@@ -825,6 +826,83 @@ def test_load_model_refuses_logits_that_it_does_not_know(tmp_path, monkeypatch):
     save(logit_scale=2.0)
     with pytest.raises(ValueError, match="model_logits"):
         models.load_model(str(tmp_path), train=True, device="cpu")
+
+
+# ---------------------------------------------------------------- multimodal checkpoints
+
+FAMILIES = {"gemma3": ("Gemma3", {"query_pre_attn_scalar": 8, "final_logit_softcapping": None}),
+            "gemma3n": ("Gemma3n", {"laurel_rank": 4, "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0]}),
+            "gemma4": ("Gemma4", {"global_head_dim": 8}),
+            "gemma4_unified": ("Gemma4Unified", {"global_head_dim": 8})}
+OLD, NEW = "language_model.model.", "model.language_model."  # how the files on the hub call the text model's weights
+
+
+def multimodal(family, folder, monkeypatch, prefix=NEW):
+    """A tiny random checkpoint of the whole model in `folder` -> the model. Its towers, of which Gemma 3n's needs a package of its own, are dummies."""
+    name, extra = FAMILIES[family]
+    if family != "gemma3":  # the last two layers have no keys and values of their own
+        extra = {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 50, "num_kv_shared_layers": 2, "final_logit_softcapping": 4.0, **extra}
+    text = {**SIZES, "vocab_size": 50, "pad_token_id": 0, "num_hidden_layers": 4, "head_dim": 8, "sliding_window": WINDOW, "tie_word_embeddings": True,
+            "layer_types": ["sliding_attention", "full_attention"] * 2, **extra}
+    real = transformers.AutoModel.from_config
+    dummy = lambda config, **settings: real(config, **settings) if "text" in config.model_type else torch.nn.Linear(2, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.AutoModel, "from_config", dummy)
+        towers = {f"{kind}_config": getattr(transformers, f"{name}{kind.title()}Config")() for kind in ("vision", "audio") if "gemma4" in family}
+        config = getattr(transformers, f"{name}Config")(text_config=text, **towers)
+        model = getattr(transformers, f"{name}ForConditionalGeneration")(config).float().eval()
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * (0.3 if p.dim() > 1 else 0.1) + p * (p.dim() < 2))
+    model.save_pretrained(folder)
+    path = folder / "model.safetensors"
+    weights = {key.replace(OLD, prefix).replace(NEW, prefix): w for key, w in safetensors.torch.load_file(path).items()}
+    safetensors.torch.save_file(weights, path, {"format": "pt"})
+    assert sum(key.startswith(prefix) for key in weights) > 40 and any("vision" in key for key in weights)
+    return model
+
+
+@pytest.mark.parametrize("family, prefix", [("gemma3", OLD), ("gemma3", NEW), ("gemma3n", NEW), ("gemma4", NEW), ("gemma4_unified", NEW)])
+def test_a_multimodal_checkpoint_is_loaded_as_its_text_model(family, prefix, tmp_path, monkeypatch):
+    """Scores, draws, learns and is saved like any other; the oracle is the whole model on a text alone."""
+    whole = multimodal(family, tmp_path, monkeypatch, prefix)
+    model = models.load_model(str(tmp_path), train=True, device="cpu")
+    assert type(model).__name__ == FAMILIES[family][0] + "ForCausalLM" and not any("vision" in name or "audio" in name for name, _ in model.named_parameters())
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in model.parameters())
+    whole_names = {name.replace(".language_model", ""): p for name, p in whole.named_parameters()}
+    assert all(torch.equal(p, whole_names[name]) for name, p in model.named_parameters())
+    prompts, responses, ids, lengths = random_rows()
+    with torch.no_grad():
+        logp = grpo.token_logprobs(model, prompts, ids, lengths)
+        for row, prompt, response in zip(logp, prompts, responses):
+            want = torch.tensor(alone_logp(whole, prompt, response))
+            torch.testing.assert_close(row[:len(response)], want, rtol=1e-4, atol=1e-4)
+        drawn, sizes = grpo.sample(model, prompts, 2, max_new_tokens=9, stop_ids=[7], temperature=0)
+        for i, (row, size) in enumerate(zip(drawn.tolist(), sizes.tolist())):
+            for t in range(size):  # without a cache
+                assert row[t] == alone(whole, prompts[i // 2], row[:t + 1])[t].argmax()
+    grads = []
+    for _ in range(2):
+        grads.append(torch.autograd.grad(grpo.token_logprobs(model, prompts, ids, lengths).sum(), list(model.parameters())))
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        for module in model.modules():
+            module.training = bool(getattr(module, "gradient_checkpointing", False))
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    model.eval().save_pretrained(tmp_path / "again")
+    assert set(safetensors.torch.load_file(tmp_path / "again/model.safetensors")) <= set(model.state_dict())
+    again = models.load_model(str(tmp_path / "again"), train=False, device="cpu")
+    assert type(again) is type(model) and all(map(torch.equal, again.parameters(), model.parameters()))
+
+
+def test_weights_that_are_missing_are_an_error(tmp_path):
+    tiny().save_pretrained(tmp_path)
+    weights = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    del weights["model.norm.weight"]
+    safetensors.torch.save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match="Qwen2ForCausalLM finds no model.norm.weight"):
+        models.load_model(str(tmp_path), train=False, device="cpu")
 
 
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"

@@ -28,7 +28,7 @@ import cme
 import grpo
 from evaluate import held_out, score
 from plumbing import one_clear_line, one_line, option, progress
-from plumbing.files import append_line, read_json, read_lines
+from plumbing.files import append_line, read_lines
 from plumbing.models import LocalModel, chat_ids, end_of_turn, response_texts, token_budget
 from plumbing.prompts import question_text
 from plumbing.run import Run, begin, finish, metrics_of, numbers, prepare, record, train_options
@@ -265,30 +265,30 @@ def update(run: Run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, ad
 
 def scores_of(run: Run) -> dict:
     """Held-out scores of the policy as it is."""
+    if not run.eval_rows:
+        return {}
     policy = LocalModel(run.policy, run.tokenizer, batch_tokens=run.options.batch_tokens)
     with autocast(run.device):
         return held_out(policy, run.eval_rows, max_new_tokens=run.options.max_new_tokens,
                         judge=run.judge)
 
 
-def anchor_skills(run: Run, most: int = 64) -> dict:
-    """What CaT rests on, measured before the first step on held-out prompts: scores of single
-    answers and of references, rubrics read, the judge on criteria known to be true or false."""
-    o, rows, seed = run.options, (run.eval_rows or run.rows)[:most], 8 * run.options.seed + 5
+def anchor_skills(run: Run) -> dict:
+    """What CaT rests on, measured before the first step on 64 held-out prompts: scores of single
+    answers and of references, the judge on criteria known to be true or false."""
+    o, rows, seed = run.options, (run.eval_rows or run.rows)[:64], 8 * run.options.seed + 5
     policy = LocalModel(run.policy, run.tokenizer, top_k=o.top_k, top_p=o.top_p)
     rollouts = policy.complete([row["prompt"] for row in rows], n=o.group_size, seed=seed,
                                max_new_tokens=o.max_new_tokens, temperature=o.temperature)
     rewards, told = cat_rewards(run, rows, rollouts, seed + 1)
-    references, rubrics, skills = told.get("reference"), told.get("rubric"), {}
-    for name, texts in (("single", cat.single([], rollouts)), (o.estimator, references)):
-        if texts and any(texts):
-            scores = score(rows, [text or "" for text in texts], [True] * len(rows))
-            skills |= {f"{name}: {k}": scores[k] for k in ("facts", "accuracy") if k in scores}
-    if rubrics and o.reward == "cat":
-        skills["rubrics read"] = sum(map(bool, rubrics)) / len(rows)
-        skill = cat.judge_skill(references, rubrics, run.judge)
-        skills |= {f"judge: {k}": v for k, v in skill.items()}
-        if (skill["true"] + skill["false"]) / 2 < 0.85:
+    skills, references = {}, told.get("reference", [])
+    for name, texts in ("single", [y[0] for y in rollouts]), (o.estimator, references):
+        scores = score(rows, [text or "" for text in texts], [True] * len(rows))
+        skills |= {f"{name}: {k}": scores[k] for k in ("facts", "accuracy") if k in scores}
+    if o.reward == "cat":
+        skill = cat.judge_skill(references, told["rubric"], run.judge)
+        skills |= {f"judge: {name}": value for name, value in skill.items()}
+        if skill["true"] + skill["false"] < 1.7:
             print("the judge is wrong on more than 15% of criteria known to be true or false: a "
                   "policy learns to please such a judge; take a stronger --judge", file=sys.stderr)
     print(f"anchor: {numbers(skills)}")
@@ -304,18 +304,15 @@ def show_samples(run: Run, G, step: int, rows: list, ids, lengths, rewards, coun
     rewards (with `cme` those of the tokens), what CaT tells."""
     texts, _ = response_texts(run.tokenizer, ids[:G], lengths[:G], run.stop_ids)
     rewards = torch.where(counted, rewards, math.nan)[:G]
-    sample = {"step": step, "prompt": rows[0]["prompt"], "responses": texts,
+    tokens = [[run.tokenizer.decode([i]) for i in y[:n]] for y, n in zip(ids[:G], lengths)]
+    sample = {"step": step, "prompt": rows[0]["prompt"], "responses": texts, "tokens": tokens,
               "rewards": rewards.tolist()} | {name: of[0] for name, of in told.items()}
-    if rewards.dim() == 2:
-        pieces = [[run.tokenizer.decode([i]) for i in y] for y in ids[:G]]
-        sample["tokens"] = [y[:n] for y, n in zip(pieces, lengths)]
-    append_line(os.path.join(run.options.output_dir, "samples.jsonl"), sample)
-    means = rewards.view(len(texts), -1).nanmean(1).tolist()
-    ranked = sorted(zip(means, texts))
-    lines = [(f"{mean:.2f}", text) for mean, text in (ranked[-1], ranked[0])]
+    append_line(f"{run.options.output_dir}/samples.jsonl", sample)
+    ranked = sorted(zip(rewards.view(len(texts), -1).nanmean(1).tolist(), texts))
+    lines = [(f"step {step}", question_text(sample["prompt"])), *ranked[-1:], *ranked[:1]]
     lines += [(name, str(sample[name])) for name in ("reference", "rubric") if name in sample]
-    tqdm.write(f"step {step}: {one_line(question_text(sample['prompt']))}", file=sys.stdout)
     for name, text in lines:
+        name = name if isinstance(name, str) else f"{name:.2f}"
         tqdm.write(f"{name:>10} {one_line(text)}", file=sys.stdout)
 
 
@@ -376,14 +373,9 @@ def train(run: Run) -> dict:
 
 
 def main():
-    o = train_options(Options)
-    result = read_json(os.path.join(o.output_dir, "summary.json"))
-    if result and o.resume and result["steps"] >= o.steps:
-        print("this run had finished, nothing was done; more --steps would continue it")
-    else:
-        run = prepare(o)
-        print(json.dumps(asdict(o)))
-        result = train(run)
+    run = prepare(train_options(Options))
+    print(json.dumps(asdict(run.options)))
+    result = train(run)
     print(f"before: {numbers(result['before'])}\n after: {numbers(result['after'])}\n"
           f"{result['steps']} steps in {result['seconds']:.0f} s, {result['peak_memory_mb']} MB at "
           f"most. The model is in {result['model']}; beside it are config.json, metrics.jsonl, "

@@ -37,6 +37,8 @@ def load_model(path: str, *, train: bool, device):
     model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **settings)
     if found["missing_keys"]:
         raise ValueError(f"{type(model).__name__} finds no {min(found['missing_keys'])} in it")
+    if model.num_parameters() < 10e6:
+        torch.set_num_threads(1)  # more only hurt tiny models
     vars(model).pop("_weight_conversions", None)  # saved as what it is now, a text model
     model = model.to(device).eval().requires_grad_(train)
     ids = torch.arange(8, device=device)[None] % config.vocab_size
@@ -65,12 +67,6 @@ def pick_device(name: str = ""):
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as e:
         raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
-
-
-def use_threads(models: list):
-    """One thread if all models are small and on a CPU: more only hurt."""
-    if all(m.device.type == "cpu" and m.num_parameters() < 10e6 for m in models):
-        torch.set_num_threads(1)
 
 
 def context_of(model) -> float:

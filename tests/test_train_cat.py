@@ -52,7 +52,7 @@ def test_the_whole_story_is_kept(whole):
                 v is not None for v in verdicts) else reward is None
         assert s["reference"] in out and (not s["rubric"] or s["rubric"][0] in out)
     skills = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["skills"]
-    assert {"single: facts", "synthesis: facts", "rubrics read", "judge: true", "judge: false"} <= set(skills)
+    assert {"single: facts", "synthesis: facts", "judge: unread", "judge: true", "judge: false"} <= set(skills)
     assert "anchor: single: facts" in out and min(skills["judge: true"], skills["judge: false"]) > 0.9
     summary = json.loads((folder / "summary.json").read_text())
     assert {"facts", "facts_hazy", "sampled_facts", "valid"} <= set(summary["after"])
@@ -227,13 +227,12 @@ def test_missing_references_leave_groups_out(tmp_path, few):
 @pytest.mark.parametrize("arguments, said", [
     (["--reward", "cme", "--kl_in", "reward"], "--kl_in reward"), (["--reward", "cme", "--length_penalty_after", 5], "--length_penalty_after"),
     (["--keep", "best", "--eval_prompts", "plain.txt"], "--keep best"),
-    (["--reward", "rubric-given", "--prompts", "plain.txt"], "plain.txt:1"),
+    (["--reward", "rubric-given", "--prompts", "plain.txt", "--eval_prompts", "plain.txt"], "not one reward"),
     (["--estimator", "magic"], "--estimator"),
     (["--judge", "m@http://x y/"], "MODEL@URL"), (["--judge", "/no/such/judge"], "--judge /no/such/judge"),
     (["--anchor", "/no/such/anchor"], "--anchor /no/such/anchor"),
-    (["--prompts", "rubrics.jsonl"], "rubrics.jsonl:1"), (["--prompts", "blank.jsonl"], "blank.jsonl:1"),
+    (["--prompts", "rubrics.jsonl"], "rubrics.jsonl:1"),
     (["--estimator", "majority"], "boxed"), (["--judge", "m@http://127.0.0.1:9/v1"], "connection"),
-    (["--length_penalty_after", -1], "--length_penalty_after"),
     (["--judge", "toy/cme/verifier"], "yes and no")])
 def test_bad_input_gets_one_line_and_status_2(tmp_path, few, monkeypatch, arguments, said):
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01), monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.01)

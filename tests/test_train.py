@@ -84,7 +84,7 @@ def test_a_run_leaves_what_it_promises(whole):
     run, out = whole
     assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoint-000006"}
     summary = json.loads((run / "summary.json").read_text())
-    assert {"before", "after", "seconds", "steps", "seed", "peak_memory_mb", "model", "skipped"} <= set(summary) and summary["steps"] == 6
+    assert {"before", "after", "seconds", "steps", "peak_memory_mb", "model", "skipped"} <= set(summary) and summary["steps"] == 6
     for when in ("before", "after"):
         assert {"facts", "sampled_facts", "valid", "length", "wording", "reward"} <= set(summary[when])
         assert summary[when]["facts"] > 0.5 and summary[when]["valid"] > 0.7

@@ -34,6 +34,11 @@ from plumbing.prompts import question_text
 from plumbing.run import Run, begin, finish, metrics_of, numbers, prepare, record, train_options
 
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
+TOYS = {  # what is taken where nothing is given: model, prompts, held-out ones, lr, steps
+    "cme": ("cme/generator", "cme/prompts", "cme/eval", 8e-4, 80),
+    **dict.fromkeys(("cat", "cat-match", "rubric-given", "cat-sft"),
+                    ("cat/model", "cat/prompts", "cat/eval", 3e-4, 30)),
+    "cat-answer": ("cat/model", "cat/numbers", "cat/numbers_eval", 3e-4, 30)}
 REWARDS = Literal["cme", "cme-sequence", "reverse-kl", "rent",
                   "cat", "cat-answer", "cat-match", "rubric-given", "cat-sft"]
 ESTIMATORS = Literal["synthesis", "majority", "best-of-n", "min-perplexity",
@@ -91,23 +96,16 @@ class Options:
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
 
     def __post_init__(self):
-        toy, lr, steps = ("cme/generator", "cme/prompts", "cme/eval"), 8e-4, 80
-        if self.reward.startswith(("cat", "rubric")):
-            toy, lr, steps = ("cat/model", "cat/prompts", "cat/eval"), 3e-4, 30
-        if self.reward == "cat-answer":
-            toy = "cat/model", "cat/numbers", "cat/numbers_eval"
+        model, prompts, held, lr, steps = TOYS.get(self.reward, TOYS["cme"])
         if not (self.generator and self.prompts):
-            self.eval_prompts = self.eval_prompts or f"{TOY}/{toy[2]}.jsonl"
-        self.generator = self.generator or f"{TOY}/{toy[0]}"
-        self.prompts = self.prompts or f"{TOY}/{toy[1]}.jsonl"
-        if self.reward == "cat-sft":
-            self.beta, lr = 0.0, 5e-4
+            self.eval_prompts = self.eval_prompts or f"{TOY}/{held}.jsonl"
+        self.generator = self.generator or f"{TOY}/{model}"
+        self.prompts = self.prompts or f"{TOY}/{prompts}.jsonl"
         self.lr, self.steps = lr if self.lr is None else self.lr, self.steps or steps
+        self.beta = 0.0 if self.reward == "cat-sft" else self.beta
 
 
 # The parts of a step
-
-
 def prompts_of_step(prompts: list, per_step: int, seed: int, step: int) -> list:
     """The P prompts of a step: all are gone through again and again, each time in another order."""
     n, chosen = len(prompts), []
@@ -151,28 +149,27 @@ def cat_rewards(run: Run, rows: list, rollouts: list, seed: int):
     """CaT: rollouts -> references -> rubrics -> verdicts -> rewards [B], NaN where one is missing;
     and what there is to tell of each prompt, {"reference" | "rubric" | "verdicts": P of them}."""
     o, prompts, references = run.options, [row["prompt"] for row in rows], [None] * len(rows)
+    settings, points = {"temperature": o.temperature}, None
     if o.reward != "rubric-given" and (o.reward != "cat" or o.rubric_from == "reference"):
         style = "stepwise" if o.reward == "cat-answer" else "freeform"
         estimators = cat.estimators(
             run.anchor, seed=seed, style=style, max_new_tokens=o.max_new_tokens,
-            temperature=o.temperature, question=o.question_in_synthesis)
+            question=o.question_in_synthesis, **settings)
         references = estimators[o.estimator](prompts, rollouts)  # Eq. 1
-    if o.reward == "cat-sft":
-        return torch.ones(sum(map(len, rollouts))), {"reference": references}
-    if o.reward == "cat-answer":
-        return cat.answer_rewards(rollouts, references), {"reference": references}  # Eq. 2
+    told = {"reference": references}
+    if o.reward in ("cat-answer", "cat-sft"):
+        return cat.answer_rewards(rollouts, references), told  # Eq. 2
     if o.reward == "cat-match":  # the baseline without rubrics
         verdicts = cat.judge_match(rollouts, references, run.judge)
-        return cat.rubric_rewards(verdicts), {"reference": references, "verdicts": verdicts}
-    rubrics, points = [[c["criterion"] for c in row["rubrics"]] for row in rows], None
+        return cat.rubric_rewards(verdicts), told | {"verdicts": verdicts}
     if o.reward == "cat":  # Eq. 3
-        rubrics = cat.propose_rubrics(
-            prompts, references, run.anchor, max_new_tokens=512, source=o.rubric_from,
-            temperature=o.temperature, seed=seed + 1)
+        rubrics = cat.propose_rubrics(prompts, references, run.anchor, source=o.rubric_from,
+                                      max_new_tokens=512, seed=seed + 1, **settings)
     else:  # the baseline with rubrics that came with the data
+        rubrics = [[c["criterion"] for c in row["rubrics"]] for row in rows]
         points = [[c["points"] for c in row["rubrics"]] for row in rows]
     verdicts = cat.judge_rubrics(rollouts, rubrics, run.judge)
-    told = {"reference": references, "rubric": rubrics, "verdicts": verdicts}
+    told |= {"rubric": rubrics, "verdicts": verdicts}
     return cat.rubric_rewards(verdicts, points), told  # Eq. 4
 
 
@@ -261,8 +258,6 @@ def update(run: Run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, ad
 
 
 # How it goes
-
-
 def scores_of(run: Run) -> dict:
     """Held-out scores of the policy as it is."""
     if not run.eval_rows:
@@ -292,10 +287,9 @@ def anchor_skills(run: Run) -> dict:
             print("the judge is wrong on more than 15% of criteria known to be true or false: a "
                   "policy learns to please such a judge; take a stronger --judge", file=sys.stderr)
     print(f"anchor: {numbers(skills)}")
-    if rewards.isnan().all():
-        raise ValueError(f"not one reward: --estimator {o.estimator} made no reference (answers in "
-                         "\\boxed{}?), or no rubric or verdict could be read; take a stronger "
-                         "--anchor or --judge")
+    if not any(references) if o.reward == "cat-sft" else rewards.isnan().all():
+        raise ValueError(f"no reference by --estimator {o.estimator} (answers in \\boxed{{}}?), or no "
+                         "rubric or verdict can be read: take a stronger --anchor or --judge")
     return skills
 
 
@@ -317,8 +311,6 @@ def show_samples(run: Run, G, step: int, rows: list, ids, lengths, rewards, coun
 
 
 # The algorithm
-
-
 def train(run: Run) -> dict:
     """The whole run, or what is left of it -> the contents of summary.json."""
     o, G = run.options, 1 if run.options.reward == "cat-sft" else run.options.group_size

@@ -35,34 +35,29 @@ def question_text(prompt) -> str:
     return "\n".join(f"{m['role']}: {m['content']}" for m in messages)
 
 
-def read_prompts(path: str, lenient: bool = False) -> list:
-    """Prompts from a .jsonl, .json or .txt file (a prompt per line), or by a name in HUB.
-
-    -> dicts with `prompt` (str or messages, under one of FIELDS), `where` ("file:line") and, for
-    evaluation, `facts` (list of {"right", "wrong": [...], "kind"}), `pattern` (regular expression),
-    `answer` (what belongs in \\boxed{}), `kind` (of the answer), `rubrics` (list of {"criterion",
-    "points"}).  ValueError with file and line; of data from the hub (`lenient`), which nobody here
-    could mend, such rows are left out, and it is said."""
-    if path in HUB:
-        repository, files = HUB[path]
-        files = [download(path, repository, file) for file in files]
-        rows = [row for file in files for row in read_prompts(file, lenient=True)]
-        held_out = set(random.Random(0).sample(range(len(rows)), len(rows) // 10))
-        if "healthbench" in path:
-            rows = [row for i, row in enumerate(rows) if (i in held_out) == ("held-out" in path)]
-        return rows
+def read_prompts(path: str) -> list:
+    """Prompts from a .jsonl, .json or .txt file (a prompt per line), or by a name in HUB -> dicts
+    with `prompt` (str or messages, under one of FIELDS), `where` ("file:line") and, for evaluation,
+    `facts` (list of {"right", "wrong": [...], "kind"}), `pattern` (regular expression), `answer`
+    (what belongs in \\boxed{}), `kind` (of the answer), `rubrics` (list of {"criterion", "points"}).
+    ValueError with file and line; rows of HUB that are no prompts are left out, and it is said."""
+    repository, files = HUB.get(path, ("", [path]))
+    files = [download(path, repository, file) for file in files] if repository else files
     rows, refused = [], []
-    for where, item in items_of(path):
+    for where, item in (pair for file in files for pair in items_of(file)):
         try:
             rows.append(check_row(where, item))
         except ValueError as e:
-            if not lenient:
+            if not repository:
                 raise
             refused.append(str(e))
     if refused:
         print(f"{len(refused)} prompts are left out; {refused[0]}", file=sys.stderr)
     if not rows:
         raise ValueError(f"{path}: no prompts in it")
+    held_out = set(random.Random(0).sample(range(len(rows)), len(rows) // 10))
+    if path.startswith("healthbench"):
+        rows = [row for i, row in enumerate(rows) if (i in held_out) == ("held-out" in path)]
     return rows
 
 
@@ -125,14 +120,13 @@ def download(what: str, repository: str, file: str) -> str:
 
 
 def with_suffix(rows: list, suffix: str) -> list:
-    """The rows with a paragraph added to their prompts, in a conversation to its last message."""
-
-    def longer(prompt):
-        if isinstance(prompt, str):
-            return f"{prompt}\n\n{suffix}"
-        return [*prompt[:-1], prompt[-1] | {"content": longer(prompt[-1]["content"])}]
-
-    return [row | {"prompt": longer(row["prompt"])} for row in rows] if suffix else rows
+    """The rows with a paragraph added to the last message of their prompts."""
+    longer = []
+    for row in rows if suffix else ():
+        *before, last = messages_of(row["prompt"])
+        last = last | {"content": f"{last['content']}\n\n{suffix}"}
+        longer.append(row | {"prompt": [*before, last]})
+    return longer if suffix else rows
 
 
 def draw_prompts(rows, tokenizer=None, *, n: int = 5000, most_tokens: int = 512, seed: int = 0):

@@ -106,8 +106,6 @@ def prepare(o) -> Run:
 
 
 # What a run writes: config.json, metrics.jsonl, samples.jsonl, checkpoints, summary.json
-
-
 def begin(run: Run, optimizer) -> int:
     """How many steps are done: 0, or those of the newest checkpoint, whose optimizer is loaded.
     What came after it is done again."""

@@ -208,7 +208,7 @@ def test_a_weak_judge_is_warned_about(tmp_path, few):
 def test_a_judge_that_cannot_be_read_is_refused(tmp_path, few):
     status, out, err = run(tmp_path, few, patch=lambda: setattr(cat, "decide", lambda asks, model, **k: [[[None] * len(row) for row in group] for group in asks]))
     lines = [line for line in err.splitlines() if line.startswith("train.py:")]
-    assert status == 2 and len(lines) == 1 and "verdict could be read" in lines[0]
+    assert status == 2 and len(lines) == 1 and "verdict can be read" in lines[0]
 
 
 def test_missing_references_leave_groups_out(tmp_path, few):
@@ -225,7 +225,7 @@ def test_missing_references_leave_groups_out(tmp_path, few):
 @pytest.mark.parametrize("arguments, said", [
     (["--reward", "cme", "--kl_in", "reward"], "--kl_in reward"), (["--reward", "cme", "--length_penalty_after", 5], "--length_penalty_after"),
     (["--keep", "best", "--eval_prompts", "plain.txt"], "--keep best"),
-    (["--reward", "rubric-given", "--prompts", "plain.txt", "--eval_prompts", "plain.txt"], "not one reward"),
+    (["--reward", "rubric-given", "--prompts", "plain.txt", "--eval_prompts", "plain.txt"], "verdict can be read"),
     (["--estimator", "magic"], "--estimator"),
     (["--judge", "m@http://x y/"], "MODEL@URL"), (["--judge", "/no/such/judge"], "--judge /no/such/judge"),
     (["--anchor", "/no/such/anchor"], "--anchor /no/such/anchor"),

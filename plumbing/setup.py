@@ -1,23 +1,19 @@
-"""What train.py and evaluate.py need, read and checked: what a user can get wrong fails here."""
+"""What train.py needs, read and checked: what a user can get wrong fails here."""
 
 import glob
-import json
 import math
 import os
-import re
 import sys
 import time
 from dataclasses import dataclass
-from itertools import combinations
 from typing import Any
 
 import torch
 from transformers import HfArgumentParser
 
-from plumbing.files import checkpoints, read_json, write_atomically
+from plumbing.files import checkpoints, read_json
 from plumbing.models import (
-    LocalModel, chat_ids, context_of, find_stop_ids, load, load_tokenizer, parse_endpoint,
-    pick_device, text_model, use_threads)
+    LocalModel, chat_ids, context_of, find_stop_ids, load, pick_device, text_model, use_threads)
 from plumbing.prompts import draw_prompts, read_prompts, with_suffix
 
 LEAST = {  # the smallest values that make sense
@@ -27,7 +23,12 @@ LEAST = {  # the smallest values that make sense
                     "length_penalty_after rollouts_in_context".split(), 0)}
 
 
-# train.py
+def newest(pattern: str) -> str:
+    """The folder of the newest file of that pattern in runs/."""
+    found = sorted(glob.glob(f"runs/{pattern}", recursive=True), key=os.path.getmtime)
+    if not found:
+        raise ValueError(f"runs/ holds no {pattern}: give --output_dir, or make a run with train.py")
+    return os.path.dirname(found[-1])
 
 
 def train_options(Options, toy: str):
@@ -147,99 +148,3 @@ def prepare(o) -> Run:
     check_lengths(run)
     os.makedirs(o.output_dir, exist_ok=True)
     return run
-
-
-# evaluate.py
-
-
-def run_of(path: str) -> dict:
-    """The options of a run of train.py that has made a model; {} for any other folder or name."""
-    config = read_json(os.path.join(path, "config.json"))
-    return config if "reward" in config and checkpoints(path) else {}
-
-
-def result_of(path: str) -> str:
-    """The model that a run has made so far; another folder by its absolute path; a hub name."""
-    if run_of(path):
-        final = read_json(os.path.join(path, "summary.json")).get("model")
-        path = os.path.join(path, os.path.basename(final)) if final else checkpoints(path)[-1]
-    return os.path.abspath(path) if os.path.exists(path) else path
-
-
-def named(specs: list, what: str) -> dict:
-    """["NAME=VALUE", ...] -> {NAME: VALUE}, checked."""
-    pairs = [spec.partition("=")[::2] for spec in specs]
-    for (name, value), spec in zip(pairs, specs):
-        if not re.fullmatch(r"\w[\w.-]*", name) or not value or [*zip(*pairs)][0].count(name) > 1:
-            raise ValueError(f"{what} {spec}: must be NAME=..., with a name that no other has")
-        if re.match(r"\.|/|runs/|toy/", value) and not os.path.isdir(value):
-            raise ValueError(f"{what} {spec}: there is no such folder")
-        if "@http" in value:
-            parse_endpoint(value)  # now, not after hours of responding
-    return dict(pairs)
-
-
-def newest(pattern: str) -> str:
-    """The folder of the newest file of that pattern in runs/."""
-    found = sorted(glob.glob(f"runs/{pattern}", recursive=True), key=os.path.getmtime)
-    if not found:
-        raise ValueError(f"runs/ holds no {pattern}: give --output_dir, or make a run with train.py")
-    return os.path.dirname(found[-1])
-
-
-def pairs_of(specs: list, models: dict, usual: list) -> list:
-    """["x:y", ...] -> [(x, y), ...]; without any, the usual ones, and all that these leave out."""
-    pairs = [tuple(spec.split(":")) for spec in specs]
-    for pair in pairs:
-        if len(pair) != 2 or pair[0] == pair[1] or not set(pair) <= set(models):
-            raise ValueError(f"--pairs {':'.join(pair)}: must be NAME:NAME, of {', '.join(models)}")
-    rest = [(y, x) for x, y in combinations(models, 2)]
-    four = {name for pair in usual for name in pair}
-    if four <= set(models):
-        rest = usual + [pair for pair in rest if not set(pair) <= four]
-    return pairs or rest
-
-
-def evaluation_options(Options, fixed: list, usual: list, respond: bool):
-    """evaluate.py's command line, completed by the folder's evaluation.json or by the run among the
-    models.  ValueError: what is fixed there was given otherwise."""
-    parser = HfArgumentParser(Options, allow_abbrev=False)
-    [o] = parser.parse_args_into_dataclasses()
-    models, folder = named(o.models, "--models"), o.output_dir
-    if not models and not folder and respond:
-        run = newest("*/config.json")
-        models = {"base": run_of(run).get("generator", run), "trained": run}
-    run = next((path for path in models.values() if run_of(path)), "")
-    inside = os.path.join(run or "runs", "evaluation" + (run and f"-{result_of(run)[-6:]}"))
-    folder = folder or (inside if models else newest("**/evaluation.json"))
-    saved, config = read_json(os.path.join(folder, "evaluation.json")), run_of(run)
-    if config:
-        parser.set_defaults(max_new_tokens=config["max_new_tokens"], prompts=config["eval_prompts"],
-                            suffix="" if o.prompts else config["suffix"])
-    parser.set_defaults(**{name: saved[name] for name in fixed if saved})
-    [o] = parser.parse_args_into_dataclasses()
-    o.output_dir, had = folder, saved.get("models", {})
-    o.prompts = os.path.abspath(o.prompts) if os.path.isfile(o.prompts) else o.prompts
-    o.models = had | {name: result_of(path) for name, path in models.items()}
-    for name, value in (had | {n: saved[n] for n in fixed if saved}).items():
-        given = o.models.get(name, getattr(o, name, None))
-        if given != value:
-            raise ValueError(f"{folder} holds an evaluation with {name} {value}, not {given}: give "
-                             "another --output_dir")
-    if not o.prompts or not o.models or not (respond or set(o.models) <= set(had)):
-        raise ValueError(f"{folder} holds no responses of {', '.join(o.models) or 'any model'}: "
-                         "respond first, with --models and --prompts (a file or a name)")
-    if o.temperature < 0 or o.max_new_tokens < 1:
-        raise ValueError("--temperature must be at least 0, --max_new_tokens at least 1")
-    o.pairs, o.judge = pairs_of(o.pairs, o.models, usual), named(o.judge, "--judge")
-    return o
-
-
-def keep_prompts(o, path: str):
-    """From now on the folder has its own prompts."""
-    rows = read_prompts(o.prompts)
-    if o.max_prompts or o.prompts == "ultrafeedback":
-        tokenizer = load_tokenizer([*o.models.values()][0]) if o.prompts == "ultrafeedback" else None
-        rows = draw_prompts(rows, tokenizer, n=o.max_prompts or 5000)
-    rows = [row | {"where": None} for row in with_suffix(rows, o.suffix)]
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -48,10 +48,10 @@ def test_win_rate_docstring_example():
     assert got == dict(win_rate=0.625, low=low, high=high, n=4, wins=2, ties=1, losses=1, missing=1)
 
 
-def test_estimate_and_its_limits():
+def test_estimate_and_its_limit():
     assert estimate([1, 0, None]) == dict(score=0.5, low=0, high=1, standard_error=0.5, n=2)
-    assert estimate([-1, -1, 0.5], 0, 1) == estimate([-1, -1, 0.5]) | dict(score=0, low=0, high=0.5)  # the mean is clipped, not the values
-    assert estimate([2, 3], 0, 1) == estimate([2, 3]) | dict(score=1, low=1, high=1)
+    assert estimate([-1, -1, 0.5], least=0) == estimate([-1, -1, 0.5]) | dict(score=0, low=0, high=0.5)  # the mean is clipped, not the values
+    assert all(math.isnan(estimate([None], least=0)[name]) for name in ("score", "low", "high", "standard_error"))
 
 
 @given(PREFERENCES)

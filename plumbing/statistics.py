@@ -7,7 +7,7 @@ import numpy as np
 
 
 def estimate(values, least=-math.inf) -> dict:
-    """Mean and 95% interval, at least `least`; standard error; n.  [1, 0, None] -> .5, 0, 1, .5, 2."""
+    """Mean, 95% interval, from `least` on; standard error; n.  [1, 0, None] -> .5, 0, 1, .5, 2."""
     v = np.array(values, float)
     interval, v = bootstrap_interval(v), v[~np.isnan(v)]
     error = float(v.std(ddof=1)) / math.sqrt(len(v)) if len(v) > 1 else math.nan

@@ -158,7 +158,9 @@ def test_six_pairs_two_judges(folder, tmp_path, serve, monkeypatch):  # noqa: F8
     assert min(a["agreement"] for a in found["agreement"]) < 1
     row = lines(folder / "judges/long.jsonl")[0]
     assert row["judge"] == f"org/m@{server.url}" and row["ask"] in [b["messages"][0]["content"] for _, _, b, _ in server.requests]
-    assert row["reply"] == verdict(row["verdict"]) and row["reason"] == "Because." and set(row["shown"]) == {"trained", "base"}
+    assert row["reply"] == verdict(row["verdict"]) and row["reason"] == "Because."
+    _, a, b = shown({"messages": [{"content": row["ask"]}]})
+    assert [a, b] == [texts(folder, name)[row["index"]] for name in row["shown"]]
     assert server.requests[0][2]["temperature"] == 0
     outputs = json.loads((folder / "models/trained/outputs.json").read_text())
     assert [o["output"] for o in outputs] == texts(folder, "trained") and {o["generator"] for o in outputs} == {"trained"}

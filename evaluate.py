@@ -96,7 +96,7 @@ def read_options(respond: bool) -> Options:
         if value not in (o.models.get(name), getattr(o, name, None)):
             raise ValueError(f"{folder} holds an evaluation with {name} {value}; for another one "
                              "give another --output_dir")
-    if not o.prompts or not o.models:
+    if not (o.prompts and o.models and (respond or answered)):
         raise ValueError(f"{folder} holds no responses: respond first, with --models and --prompts")
     if not all(len({*pair} & {*o.models}) == 2 for pair in o.pairs):
         raise ValueError(f"--pairs must be NAME:NAME ..., of {', '.join(o.models)}")
@@ -162,19 +162,17 @@ def rubric_score(verdicts: list, rubric: list):
 def held_out(model, rows: list, *, max_new_tokens: int, seed: int = 0, judge=None) -> dict:
     """Scores of a text model's responses, greedy and at T = 1 (`sampled_`), and `length` in tokens;
     `rubric`: HealthBench's, by the judge, of greedy ones to rows without facts and answers."""
+    rubrics = [[] if row["facts"] or row["answer"] is not None else row["rubrics"] for row in rows]
     result, prompts = {}, [row["prompt"] for row in rows]
     for prefix, T in (("", 0.0), ("sampled_", 1.0)):
         replies = model.stream(prompts, max_new_tokens=max_new_tokens, temperature=T, seed=seed)
-        replies = [reply for _, reply in sorted(replies)]
-        scores = score(rows, [r.text for r in replies], [r.stopped for r in replies])
-        scores["length"] = sum(r.tokens for r in replies) / len(replies)
-        judged = [(r.text, row["rubrics"]) for r, row in zip(replies, rows)
-                  if row["rubrics"] and not row["facts"] and row["answer"] is None]
-        if judge and judged and not prefix:
-            criteria = [[c["criterion"] for c in rubric] for _, rubric in judged]
-            verdicts = cat.judge_rubrics([[text] for text, _ in judged], criteria, judge)
-            values = [rubric_score(v, rubric) for [v], (_, rubric) in zip(verdicts, judged)]
-            scores = {"rubric": estimate(values, 0, 1)["score"]} | scores
+        texts, _, _, stopped, tokens = zip(*[reply for _, reply in sorted(replies)])
+        scores = score(rows, texts, stopped) | {"length": sum(tokens) / len(tokens)}
+        if judge and any(rubrics) and not prefix:
+            criteria = [[c["criterion"] for c in rubric] for rubric in rubrics]
+            verdicts = cat.judge_rubrics([[text] for text in texts], criteria, judge)
+            values = [rubric_score(v, rubric) for [v], rubric in zip(verdicts, rubrics)]
+            scores = {"rubric": estimate(values, least=0)["score"]} | scores
         result |= {prefix + name: round(value, 4) for name, value in scores.items()}
     return result
 
@@ -203,13 +201,12 @@ def read_preference(reply):
     return None, ""
 
 
-def tasks_of(rows: list, texts: dict, pairs, seed: int = 0) -> dict:
+def tasks_of(rows: list, texts: dict, seed: int = 0) -> dict:
     """{(number of the prompt, names shown, number of the criterion or None): what a judge is asked}
     for every criterion and response, else for every pair, where all is answered.  Who is shown
-    first is drawn by seed, pair and prompt, whichever way round the pair is named."""
+    first is drawn by seed, pair and prompt."""
     tasks, rubrics = {}, any(row["rubrics"] for row in rows)
-    pairs = dict.fromkeys(tuple(sorted(pair)) for pair in pairs)
-    for names in [(name,) for name in texts] if rubrics else pairs:
+    for names in combinations(sorted(texts), 1 if rubrics else 2):
         for i, row in enumerate(rows):
             shown = tuple(random.Random(repr((seed, names, i))).sample(names, len(names)))
             question, said = question_text(row["prompt"]), [texts[name][i] for name in shown]
@@ -273,17 +270,16 @@ def judge(o: Options, name: str, tasks: dict, patience: int = 24):
 
 def preference(judgement, x: str):
     """For x: 1, .5, 0, None if missing or not asked; of a criterion, for yes."""
-    verdict = judgement and judgement["verdict"]
-    p = {"A": 1.0, "tie": 0.5, "B": 0.0, True: 1.0, False: 0.0}.get(verdict)
+    p = {"A": 1, "tie": 0.5, "B": 0, True: 1, False: 0}.get(judgement and judgement["verdict"])
     return p if p is None or judgement["shown"][0] == x else 1 - p
 
 
 def values_of(rows: list, answers: list, judges: dict, x: str) -> dict:
     """{measure: [n] of x's responses, NaN = missing}, with "rubric, JUDGE": `rubric_score`."""
-    columns = {k: [r and r[k] for r in answers] for k in ("stopped", "tokens", "response")}
-    texts = columns.pop("response")
-    values = measures(rows, texts, columns["stopped"]) | columns
-    values["characters"] = [None if text is None else len(text) for text in texts]
+    texts, stopped = ([r and r[k] for r in answers] for k in ("response", "stopped"))
+    values = measures(rows, texts, stopped) | {"stopped": stopped}
+    values["tokens"] = [r and r["tokens"] for r in answers]
+    values["characters"] = [r and len(r["response"]) for r in answers]
     for name, known in judges.items():
         values[f"rubric, {name}"] = scores = []
         for i, row in enumerate(rows):
@@ -296,13 +292,13 @@ def compare(found: dict, x: str, y: str, values: dict) -> dict:
     """x over y by a judge.  found: {number of the prompt: judgement}."""
     lengths = [values[name]["characters"] for name in (x, y)]
     p = [preference(found.get(i), x) for i in range(len(lengths[0]))]
-    why = Counter(j["error"].split(",")[0] for j in found.values() if j["verdict"] is None)
-    why["not asked"] = len(p) - len(found)
-    first = estimate([preference(j, j["shown"][0]) for j in found.values()])
+    first = estimate([preference(found[i], found[i]["shown"][0]) for i in sorted(found)])
+    why = [found[i]["error"].split(",")[0] if i in found else "not asked"
+           for i, v in enumerate(p) if v is None]
     return {**win_rate(p), "p": sign_permutation(np.array(p, float) - 0.5),
             "length_controlled": length_controlled_win_rate(p, *lengths),
             **{f"first_shown_{k}": first[k] for k in ("score", "low", "high")},
-            "not_had": ", ".join(f"{kind} {n}" for kind, n in why.items() if n)}
+            "not_had": ", ".join(f"{kind} {n}" for kind, n in Counter(why).items())}
 
 
 def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
@@ -310,10 +306,8 @@ def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
     pairs: [(x, y)], x over y."""
     values = {x: values_of(rows, answers, judges, x) for x, answers in responses.items()}
     means, differences, compared, agreed = [], [], [], []
-    for x in responses:
-        for m, v in values[x].items():  # HealthBench clips the mean, not the examples
-            limits = (0, 1) if m.startswith("rubric") else ()
-            means.append({"model": x, "measure": m, **estimate(v, *limits)})
+    for x in responses:  # HealthBench clips the mean, not the examples; no other is below 0
+        means += [{"model": x, "measure": m} | estimate(v, least=0) for m, v in values[x].items()]
     for x, y in pairs:
         for m in (m for m in values[x] if m in values[y]):
             d, of = values[x][m] - values[y][m], {"pair": f"{x}:{y}", "measure": m}
@@ -354,21 +348,20 @@ def read_responses(o: Options, name: str, n: int) -> list:
 def respond(o: Options, name: str, rows: list):
     """models/NAME/responses.jsonl, and outputs.json as alpaca_eval reads it.  A model is in
     evaluation.json once it can answer."""
-    folder, settings = f"{o.output_dir}/models/{name}", f"{o.output_dir}/evaluation.json"
+    folder, fixed = f"{o.output_dir}/models/{name}", {k: getattr(o, k) for k in FIXED}
     done = {row["index"] for row in read_lines(f"{folder}/responses.jsonl", mend=True)}
     if len(done) < len(rows):
-        parts = load(f"--models {name}", o.models[name], pick_device(o.device))
-        answered = read_json(settings).get("models", {}) | {name: o.models[name]}
-        fixed = {"models": answered} | {k: getattr(o, k) for k in FIXED}
-        write_atomically(settings, json.dumps(fixed, indent=1))
+        model = load(f"--models {name}", o.models[name], pick_device(o.device))
+        path = f"{o.output_dir}/evaluation.json"
+        models = read_json(path).get("models", {}) | {name: o.models[name]}
+        write_atomically(path, json.dumps({"models": models, **fixed}))
         os.makedirs(folder, exist_ok=True)
-        replies = LocalModel(*parts, batch_tokens=o.batch_tokens).stream(
+        replies = LocalModel(*model, batch_tokens=o.batch_tokens).stream(
             [row["prompt"] for row in rows], max_new_tokens=o.max_new_tokens,
             temperature=o.temperature, seed=o.seed, skip=done)
         for i, r in progress(replies, desc=name, total=len(rows), initial=len(done)):
-            append_line(f"{folder}/responses.jsonl", {
-                "index": i, "response": r.text, "stopped": r.stopped, "tokens": r.tokens,
-                "error": r.error})
+            row = {"response": r.text, "stopped": r.stopped, "tokens": r.tokens, "error": r.error}
+            append_line(f"{folder}/responses.jsonl", {"index": i, **row})
     outputs = [{"instruction": question_text(row["prompt"]), "output": r["response"],
                 "generator": name} for row, r in zip(rows, read_responses(o, name, len(rows))) if r]
     write_atomically(f"{folder}/outputs.json", json.dumps(outputs, indent=1))
@@ -378,10 +371,9 @@ def report(o: Options, rows: list, responses: dict, tasks: dict):
     """report.json and report.md, of all responses and judgements; the latter on the screen too."""
     files = sorted(os.listdir(f"{o.output_dir}/judges"))
     judges = {f[:-6]: read_judgements(f"{o.output_dir}/judges/{f}", tasks) for f in files}
-    who = {name: j["judge"] for name, known in judges.items() for j in known.values()}
-    settings = o.models | {f"judge {name}": path for name, path in who.items()}
-    found = {"settings": [settings | {name: getattr(o, name) for name in FIXED}]}
-    found |= make_report(rows, responses, judges, o.pairs)
+    who = {f"judge {name}": j["judge"] for name, known in judges.items() for j in known.values()}
+    settings = o.models | who | {name: getattr(o, name) for name in FIXED}
+    found = {"settings": [settings]} | make_report(rows, responses, judges, o.pairs)
     write_atomically(f"{o.output_dir}/report.json", json.dumps(found, indent=1))
     write_atomically(f"{o.output_dir}/report.md", markdown(found))
     print(markdown(found))
@@ -401,7 +393,7 @@ def main():
         gc.collect()  # one model in memory at a time
     responses = {name: read_responses(o, name, len(rows)) for name in o.models}
     texts = {name: [r and r["response"] for r in answers] for name, answers in responses.items()}
-    tasks = tasks_of(rows, texts, combinations(o.models, 2), o.seed)
+    tasks = tasks_of(rows, texts, o.seed)
     for name in o.judge if "judge" in stages else ():
         judge(o, name, tasks)
     if "report" in stages:

@@ -6,12 +6,12 @@ from collections import Counter
 import numpy as np
 
 
-def estimate(values, least=-math.inf, most=math.inf) -> dict:
-    """Mean and 95% interval, both clipped, standard error and n.  [1, 0, None] -> .5, 0, 1, .5, 2."""
+def estimate(values, least=-math.inf) -> dict:
+    """Mean, 95% interval, from `least` on; standard error; n.  [1, 0, None] -> .5, 0, 1, .5, 2."""
     v = np.array(values, float)
     interval, v = bootstrap_interval(v), v[~np.isnan(v)]
     error = float(v.std(ddof=1)) / math.sqrt(len(v)) if len(v) > 1 else math.nan
-    found = np.clip([v.mean() if len(v) else math.nan, *interval], least, most).tolist()
+    found = np.maximum([v.mean() if len(v) else math.nan, *interval], least).tolist()
     return dict(zip(("score", "low", "high"), found)) | {"standard_error": error, "n": len(v)}
 
 
@@ -20,8 +20,8 @@ def win_rate(preferences) -> dict:
     [1, 1, .5, 0, None] -> win_rate .625, standard_error .2394, n 4, wins 2, ties 1, losses 1."""
     p, found = np.array(preferences, float), estimate(preferences)
     counts = {"wins": p > 0.5, "ties": p == 0.5, "losses": p < 0.5, "missing": np.isnan(p)}
-    counts = {name: int(of.sum()) for name, of in counts.items()}
-    return {"win_rate": found.pop("score")} | found | counts
+    found = {"win_rate": found.pop("score")} | found
+    return found | {name: int(of.sum()) for name, of in counts.items()}
 
 
 def bootstrap_interval(values, *, level=0.95, samples=10_000, seed=0) -> tuple[float, float]:

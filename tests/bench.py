@@ -157,7 +157,7 @@ server.serve_forever()
 
 
 def judging():
-    """What 805 prompts x 5 pairs x 2 judges cost beyond the judges: a scripted server, responses of about 1,750 characters."""
+    """What 805 prompts x 6 pairs x 2 judges cost beyond the judges: a scripted server, responses of about 1,750 characters."""
     os.environ["NO_PROXY"] = "127.0.0.1"
     rng, names, real, resident = random.Random(0), sorted(set(sum(evaluate.PAIRS, ()))), files.append_line, []
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
@@ -167,6 +167,7 @@ def judging():
         o = evaluate.Options(models=dict.fromkeys(names, "none"), prompts="made up", pairs=evaluate.PAIRS, output_dir=folder,
                              judge={j: f"m@{url}" for j in ("one", "two")})
         rows = [prompts.check_row("", {"prompt": " ".join(rng.choices(words, k=40))}) for _ in range(805)]
+        os.makedirs(os.path.join(folder, "judges"))
         for name in names:
             os.makedirs(os.path.join(folder, "models", name))
             for i in range(805):
@@ -179,9 +180,9 @@ def judging():
                 resident.append(int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
         evaluate.append_line, times = append, []
         responses = {name: evaluate.read_responses(o, name, 805) for name in names}
-        texts = {name: [r["response"] for r in answers] for name, answers in responses.items()}
-        for stage in (lambda: evaluate.judge_stage(o, rows, texts, None), lambda: evaluate.judge_stage(o, rows, texts, None),
-                      lambda: evaluate.report_stage(o, rows, responses, texts)):
+        tasks = evaluate.tasks_of(rows, {name: [r["response"] for r in answers] for name, answers in responses.items()})
+        for stage in (lambda: [evaluate.judge(o, name, tasks) for name in o.judge], lambda: [evaluate.judge(o, name, tasks) for name in o.judge],
+                      lambda: evaluate.report(o, rows, responses, tasks)):
             start = time.perf_counter(), time.process_time()
             with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
                 stage()

@@ -157,19 +157,21 @@ def test_a_wrong_value_that_begins_like_the_right_one():
     assert evaluate.fact_right("in York.", fact) and not evaluate.fact_right("in York City.", fact)
 
 
-def test_lenient_reading(tmp_path, capsys):
-    """In other people's data sets a row that is no prompt is left out, and said so; in one's own it is an error."""
+def test_rows_of_other_peoples_data_sets(tmp_path, capsys, monkeypatch):
+    """There a row that is no prompt is left out, and said so; in one's own file it is an error."""
+    path = str(tmp_path / "p.jsonl")
     (tmp_path / "p.jsonl").write_text('{"instruction": "a"}\n{"instruction": " "}\n{"text": "b"}\n{"instruction": "c"}\n')
-    assert [r["prompt"] for r in prompts.read_prompts(str(tmp_path / "p.jsonl"), lenient=True)] == ["a", "c"]
-    assert capsys.readouterr().err == f"2 prompts are left out; {tmp_path}/p.jsonl:2: the prompt is empty\n"
+    monkeypatch.setattr(prompts, "download", lambda *_: path)
+    assert [r["prompt"] for r in prompts.read_prompts("math500")] == ["a", "c"]
+    assert capsys.readouterr().err == f"2 prompts are left out; {path}:2: the prompt is empty\n"
     with pytest.raises(ValueError, match="p.jsonl:2"):
-        prompts.read_prompts(str(tmp_path / "p.jsonl"))
+        prompts.read_prompts(path)
 
 
 def test_suffix():
     talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "2 + 2?"}]
     rows = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": talk}]
     assert prompts.with_suffix(rows, "") is rows
-    assert prompts.with_suffix(rows, "Box it.") == [{"prompt": "1 + 1?\n\nBox it.", "answer": "2"},
+    assert prompts.with_suffix(rows, "Box it.") == [{"prompt": [{"role": "user", "content": "1 + 1?\n\nBox it."}], "answer": "2"},
                                                      {"prompt": talk[:2] + [{"role": "user", "content": "2 + 2?\n\nBox it."}]}]
     assert talk[2]["content"] == "2 + 2?"

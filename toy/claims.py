@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import cat  # noqa: E402
 import grpo  # noqa: E402
 from evaluate import fact_right, held_out  # noqa: E402
-from plumbing.files import append_line, lock, read_lines  # noqa: E402
+from plumbing.files import append_line, read_lines  # noqa: E402
 from plumbing.prompts import read_prompts  # noqa: E402
 from plumbing import models
 
@@ -273,10 +273,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.makedirs(args.output, exist_ok=True)
-    held = lock(args.output)
     inference(args.repeats)
     report(training(args.output, args.seeds, args.few), args.repeats)
-    held.close()
 
 
 if __name__ == "__main__":

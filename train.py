@@ -55,7 +55,8 @@ class Options:
         "own rubrics; cat-sft: no reward, cross-entropy on references made once (Eq. 12)")
     credit: Literal["token", "word"] = option("token", "cme: the paper's, or the whole word's")
     generator: str = option("", "model to train, a folder or a hub name; empty: the toy's")
-    verifier: str = option(f"{TOY}/cme/verifier", "CME: frozen model that scores")
+    verifier: str = option(
+        f"{TOY}/cme/verifier", "CME: frozen model that scores; random:MODEL: with random weights")
     estimator: ESTIMATORS = option("synthesis", "CaT: how rollouts become a reference")
     anchor: str = option("", "CaT: writes references and rubrics; empty: the initial policy")
     judge: str = option("", "CaT: a model or MODEL@URL (JUDGE_API_KEY); empty: the anchor")
@@ -288,8 +289,8 @@ def anchor_skills(run: Run) -> dict:
                   "policy learns to please such a judge; take a stronger --judge", file=sys.stderr)
     print(f"anchor: {numbers(skills)}")
     if not any(references) if o.reward == "cat-sft" else rewards.isnan().all():
-        raise ValueError(f"no reference by --estimator {o.estimator} (answers in \\boxed{{}}?), or no "
-                         "rubric or verdict can be read: take a stronger --anchor or --judge")
+        raise ValueError(f"no reference by --estimator {o.estimator} (answers in \\boxed{{}}?), or "
+                         "no rubric or verdict can be read: take a stronger --anchor or --judge")
     return skills
 
 

@@ -20,6 +20,7 @@ TEXT_NAMES = {r"^language_model\.lm_head": "lm_head",
               r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
 KINDS = {"APITimeoutError": "time-out", "APIConnectionError": "connection"}  # of a server's errors
 LONGEST = 1_000_000  # characters of a server's answer; the rest is cut
+RANDOM = "random:"  # random:PATH: PATH's architecture and tokenizer, with random weights
 load_tokenizer = AutoTokenizer.from_pretrained  # from a folder, or by its name on the hub
 
 
@@ -31,11 +32,17 @@ def load_model(path: str, *, train: bool, device):
     on CUDA.  ValueError: missing weights; `grpo.model_logits` does not give the model's own."""
     exact = train or torch.device(device).type == "cpu"
     dtype, tolerance = (torch.float32, 1e-4) if exact else (torch.bfloat16, 2e-2)
+    random, path = path.startswith(RANDOM), path.removeprefix(RANDOM)
     config = AutoConfig.from_pretrained(path).get_text_config()
     config.update({name: 0.0 for name in vars(config) if "drop" in name})  # in training mode too
-    settings = {"config": config, "dtype": dtype, "key_mapping": TEXT_NAMES}
-    model, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **settings)
-    if found["missing_keys"]:
+    if random:
+        torch.manual_seed(0)
+        model, found = AutoModelForCausalLM.from_config(config, dtype=dtype), {}
+    else:
+        settings = {"config": config, "dtype": dtype, "key_mapping": TEXT_NAMES}
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, output_loading_info=True, **settings)
+    if found.get("missing_keys"):
         raise ValueError(f"{type(model).__name__} finds no {min(found['missing_keys'])} in it")
     if model.num_parameters() < 10e6:
         torch.set_num_threads(1)  # more only hurt tiny models
@@ -54,7 +61,8 @@ def load_model(path: str, *, train: bool, device):
 def load(what: str, path: str, device, train: bool = False):
     """A model (None without a device) and its tokenizer.  ValueError in one line from `what`."""
     try:
-        return device and load_model(path, train=train, device=device), load_tokenizer(path)
+        tokenizer = load_tokenizer(path.removeprefix(RANDOM))
+        return device and load_model(path, train=train, device=device), tokenizer
     except Exception as e:  # broken files, no network, unknown architectures ...
         why = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
         raise ValueError(f"{what} {path}: no folder or hub name of a model; {why}") from None

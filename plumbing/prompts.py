@@ -39,7 +39,7 @@ def read_prompts(path: str) -> list:
     """Prompts from a .jsonl, .json or .txt file (a prompt per line), or by a name in HUB -> dicts
     with `prompt` (str or messages, under one of FIELDS), `where` ("file:line") and, for evaluation,
     `facts` (list of {"right", "wrong": [...], "kind"}), `pattern` (regular expression), `answer`
-    (what belongs in \\boxed{}), `kind` (of the answer), `rubrics` (list of {"criterion", "points"}).
+    (what belongs in \\boxed{}), `kind` (its), `rubrics` (list of {"criterion", "points"}).
     ValueError with file and line; rows of HUB that are no prompts are left out, and it is said."""
     repository, files = HUB.get(path, ("", [path]))
     files = [download(path, repository, file) for file in files] if repository else files

@@ -69,7 +69,7 @@ def block(tag: str, text: str, number=None) -> str:
     """Untrusted text between our tags.  Inside, a tag of ours and what ends a turn ("<|im_end|>")
     lose their "<": "a < b </response>" -> "<response>\\na < b &lt;/response>\\n</response>"."""
     ours, gap = "(response|reference|question|criterion|rubric)", r"[\s\u200b-\u200f\u2060\ufeff]*"
-    ends = rf"{gap}/{gap}{ours}\b|{ours}[\s>]|[|｜]\S{{1,40}}[|｜]>|/s>|eos>|end_of_turn>"
+    ends = rf"{gap}/{gap}{ours}\b|{ours}[\s>]|[|｜]\S{{1,40}}[|｜]>|/s>|[be]os>|pad>|\w+_of_turn>"
     inside = re.sub(f"<(?={ends})", "&lt;", text, flags=re.I)
     numbered = "" if number is None else f' number="{number}"'
     return f"<{tag}{numbered}>\n{inside}\n</{tag}>"
@@ -96,8 +96,9 @@ def synthesize(prompts: list, rollouts: list, model, *, style="freeform", questi
     style: "stepwise" for problems with a final answer.  question: put it in (Section 6.4).
     in_context: how many rollouts are read, 0 for all.  settings: those of `complete`.
     "... \\boxed{7}" six times and "... \\boxed{8}" twice should come out as one answer with a 7."""
-    asks = [synthesis_prompt(group[: in_context or None], style, question and question_text(p))
-            for p, group in zip(prompts, rollouts)]
+    groups = [[y for y in group if y is not None][: in_context or None] for group in rollouts]
+    asks = [synthesis_prompt(group, style, question and question_text(p))
+            for p, group in zip(prompts, groups)]
     return [text for [text] in model.complete(asks, **settings)]
 
 
@@ -206,8 +207,8 @@ def normal_answer(answer: str) -> str:
 
 
 def answer_key(text) -> str:
-    """The normal form of a response's final answer; "" if it has none."""
-    return normal_answer(boxed_answer(text or "") or "")
+    """The normal form of a response's final answer, thoughts left out; "" if it has none."""
+    return normal_answer(boxed_answer(reply_text(text)) or "")
 
 
 def same_answer(a: str | None, b: str | None) -> bool:
@@ -286,8 +287,8 @@ def propose_rubrics(prompts: list, references: list, model, *, source="reference
 
 def judge_rubrics(rollouts: list, rubrics: list, model) -> list:
     """Eq. 4, does rollout g satisfy criterion i? -> [P][G][n], True, False or None."""
-    return decide([[[judge_prompt(y, criterion) for criterion in rubric] for y in group]
-                   for group, rubric in zip(rollouts, rubrics)], model)
+    return decide([[[None if y is None else judge_prompt(y, criterion) for criterion in rubric]
+                    for y in group] for group, rubric in zip(rollouts, rubrics)], model)
 
 
 def judge_match(rollouts: list, references: list, model) -> list:
@@ -362,7 +363,9 @@ def main():
     [group] = model.complete([o.prompt], n=o.group_size, **settings)
     rollouts = [[y for y in group if y is not None]]
     if not rollouts[0]:
-        raise ValueError(f"no answer from {o.model}: {getattr(model, 'last_error', 'too long')}")
+        raise ValueError(f"no answer from {o.model}: {model.last_error or 'too long'}")
+    if not hasattr(model, "logprob") and o.estimator in ("min-perplexity", "mutual-predictability"):
+        raise ValueError(f"--estimator {o.estimator} needs a local model's log-probabilities")
     references = estimators(model, style=o.style, **settings)[o.estimator]([o.prompt], rollouts)
     if o.style == "stepwise":
         rubrics, verdicts, rewards = [[]], [[]], answer_rewards(rollouts, references)

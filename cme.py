@@ -24,14 +24,16 @@ def aligned_rewards(values, source, text, target, credit: str = "token"):
 
     values [N]: log p_V of the verifier's tokens, nats; source [N, 2]: their spans in characters of
     `text`; target [T, 2]: those of the generator's tokens.  The mask is False, and the reward 0,
-    for tokens that show nothing (whitespace, special); without it the rewards sum to sum(values).
+    for tokens that show nothing (whitespace, special) or meet no verifier token; without it, and
+    with credit "token", the rewards sum to sum(values).
     credit: "token" (the paper's) or "word" (`word_credit`).
 
     un|happiness, verifier unhappi|ness with -7 and -2 -> rewards -2 and -7."""
     rewards, mask = align(values, source, target), visible(text, target)
     if credit == "word":
         rewards, mask = word_credit(rewards, text, target)
-    mask = mask & (len(values) > 0)  # some verifiers have no token for a U+200B
+    width = np.diff(np.reshape(source, (-1, 2)))[:, 0]  # of the verifier's tokens
+    mask = mask & (align(width, source, target) > 1e-9)  # some have no token for a U+200B
     return np.where(mask, rewards, 0.0), mask
 
 
@@ -40,7 +42,7 @@ def word_credit(values, text, spans):
 
     A word is a run of visible characters and the whitespace before it.  A token belongs to the
     word of its first visible character, whitespace alone to the next (unmasked: it opened it);
-    whitespace at the end stays masked.  The words' first tokens add up to the total.
+    whitespace at the end stays masked.  The first tokens of all words add up to the rest.
 
     "no red", tokens no| |re|d, values -1, -2, -3, -4 -> -1, -9, -7, -4: the space pays too."""
     seen = np.array([not c.isspace() for c in text], bool)  # [L]

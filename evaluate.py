@@ -143,11 +143,12 @@ def score(rows: list, texts: list, stopped: list) -> dict:
     values = defaultdict(list, measures(rows, texts, stopped) | {"stopped": stopped})
     for row, text, right in zip(rows, texts, values["accuracy"]):
         values[f"accuracy_{row.get('kind')}"].append(right)
-        for fact in row["facts"]:
+        for fact in row["facts"] if text is not None else ():
             values[f"facts_{fact.get('kind')}"].append(fact_right(text, fact))
     values = {name: [v for v in values[name] if v is not None] for name in sorted(values)}
     means = {name: sum(v) / len(v) for name, v in values.items() if v and name[-5:] != "_None"}
-    return means | {"wording": max(Counter(map(wording, texts, rows)).values()) / len(texts)}
+    wordings = Counter(wording(text or "", row) for text, row in zip(texts, rows))
+    return means | {"wording": max(wordings.values()) / len(texts)}
 
 
 def rubric_score(verdicts: list, rubric: list):
@@ -220,10 +221,10 @@ def tasks_of(rows: list, texts: dict, seed: int = 0) -> dict:
     return tasks
 
 
-def read_judgements(path: str, tasks: dict) -> dict:
+def read_judgements(path: str, tasks: dict, mend: bool = False) -> dict:
     """{task: judgement}, the latest.  ValueError: not of the responses that are there now."""
     known = {}
-    for row in read_lines(path, mend=True):
+    for row in read_lines(path, mend):
         task = row["index"], tuple(row["shown"]), row["criterion"]
         if tasks.get(task) != row.pop("ask"):
             raise ValueError(f"{path} holds judgements of other responses than are there now: "
@@ -236,7 +237,7 @@ def judge(o: Options, name: str, tasks: dict, patience: int = 24):
     """Appends to judges/NAME.jsonl what is missing there, as it comes.  ConnectionError: the server
     failed `patience` times in a row."""
     path, who, failures = f"{o.output_dir}/judges/{name}.jsonl", run_of(o.judge[name])[0], 0
-    known, pairs = read_judgements(path, tasks), [{*pair} for pair in o.pairs]
+    known, pairs = read_judgements(path, tasks, mend=True), [{*pair} for pair in o.pairs]
     if {j["judge"] for j in known.values()} - {who}:
         raise ValueError(f"{path} holds judgements by another judge: give this one another name")
     again = {task for task, j in known.items()
@@ -261,7 +262,7 @@ def judge(o: Options, name: str, tasks: dict, patience: int = 24):
                            "verdict": verdict, "reason": reason, "error": error,
                            "failed": reply.failed, "reply": reply.text})
         failures = failures + 1 if reply.failed else 0
-        if failures == min(patience, len(todo)):
+        if failures == min(patience, max(4, len(todo))):
             raise ConnectionError(f"--judge {name}: {failures} failures in a row, {error}")
 
 
@@ -369,8 +370,8 @@ def respond(o: Options, name: str, rows: list):
 
 def report(o: Options, rows: list, responses: dict, tasks: dict):
     """report.json and report.md, of all responses and judgements; the latter on the screen too."""
-    files = sorted(os.listdir(f"{o.output_dir}/judges"))
-    judges = {f[:-6]: read_judgements(f"{o.output_dir}/judges/{f}", tasks) for f in files}
+    names = [f[:-6] for f in sorted(os.listdir(f"{o.output_dir}/judges")) if f.endswith(".jsonl")]
+    judges = {name: read_judgements(f"{o.output_dir}/judges/{name}.jsonl", tasks) for name in names}
     who = {f"judge {name}": j["judge"] for name, known in judges.items() for j in known.values()}
     settings = o.models | who | {name: getattr(o, name) for name in FIXED}
     found = {"settings": [settings]} | make_report(rows, responses, judges, o.pairs)

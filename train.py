@@ -28,7 +28,7 @@ import cme
 import grpo
 from evaluate import held_out, score
 from plumbing import one_clear_line, one_line, option, progress
-from plumbing.files import append_line, read_lines
+from plumbing.files import append_line, read_lines, write_atomically
 from plumbing.models import LocalModel, chat_ids, end_of_turn, response_texts, token_budget
 from plumbing.prompts import question_text
 from plumbing.run import Run, begin, finish, metrics_of, numbers, prepare, record, train_options
@@ -102,7 +102,8 @@ class Options:
             self.eval_prompts = self.eval_prompts or f"{TOY}/{held}.jsonl"
         self.generator = self.generator or f"{TOY}/{model}"
         self.prompts = self.prompts or f"{TOY}/{prompts}.jsonl"
-        self.lr, self.steps = lr if self.lr is None else self.lr, self.steps or steps
+        self.lr = lr if self.lr is None else self.lr
+        self.steps = steps if self.steps is None else self.steps
         self.beta = 0.0 if self.reward == "cat-sft" else self.beta
 
 
@@ -151,7 +152,8 @@ def cat_rewards(run: Run, rows: list, rollouts: list, seed: int):
     and what there is to tell of each prompt, {"reference" | "rubric" | "verdicts": P of them}."""
     o, prompts, references = run.options, [row["prompt"] for row in rows], [None] * len(rows)
     settings, points = {"temperature": o.temperature}, None
-    if o.reward != "rubric-given" and (o.reward != "cat" or o.rubric_from == "reference"):
+    from_question = o.reward == "cat" and o.rubric_from == "question"
+    if o.reward != "rubric-given" and not from_question:
         style = "stepwise" if o.reward == "cat-answer" else "freeform"
         estimators = cat.estimators(
             run.anchor, seed=seed, style=style, max_new_tokens=o.max_new_tokens,
@@ -174,18 +176,30 @@ def cat_rewards(run: Run, rows: list, rollouts: list, seed: int):
     return cat.rubric_rewards(verdicts, points), told  # Eq. 4
 
 
+def initial_rollouts(run: Run, rows: list, seed: int) -> list:
+    """G answers of the policy, before it is trained, to each of P prompts -> P lists of texts."""
+    o, prompts = run.options, [row["prompt"] for row in rows]
+    sampling = {"top_k": o.top_k, "top_p": o.top_p, "batch_tokens": o.batch_tokens}
+    with autocast(run.device):
+        return LocalModel(run.policy, run.tokenizer, **sampling).complete(
+            prompts, n=o.group_size, max_new_tokens=o.max_new_tokens, seed=seed,
+            temperature=o.temperature)
+
+
 def add_references(run: Run):
     """CaT-SFT: the rows get their references, made once; references.jsonl keeps them."""
-    o, path = run.options, os.path.join(run.options.output_dir, "references.jsonl")
-    made = [row["reference"] for row in read_lines(path, mend=True)]
+    o, path = run.options, f"{run.options.output_dir}/references.jsonl"
+    made = list(read_lines(path))
     for i in range(len(made), len(run.rows), 64):
         rows, seed = run.rows[i : i + 64], 8 * (o.seed * 1_000_003 + i)
-        rollouts = run.anchor.complete([row["prompt"] for row in rows], n=o.group_size, seed=seed,
-                                       max_new_tokens=o.max_new_tokens, temperature=o.temperature)
-        for reference in cat_rewards(run, rows, rollouts, seed + 1)[1]["reference"]:
-            append_line(path, {"reference": reference})
-            made.append(reference)
-    run.rows = [row | {"reference": s} for row, s in zip(run.rows, made) if s]
+        _, told = cat_rewards(run, rows, initial_rollouts(run, rows, seed), seed + 1)
+        for row, reference in zip(rows, told["reference"]):
+            made.append({"prompt": row["prompt"], "reference": reference})
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in made))
+    if [row["prompt"] for row in made] != [row["prompt"] for row in run.rows]:
+        raise ValueError(f"{path} has references of other prompts: start a new run")
+    run.rows = [row | {"reference": s["reference"]} for row, s in zip(run.rows, made)
+                if s["reference"]]
 
 
 def step_rewards(run: Run, rows: list, prompt_ids, ids, lengths, seed: int):
@@ -208,7 +222,7 @@ def step_rewards(run: Run, rows: list, prompt_ids, ids, lengths, seed: int):
     else:
         groups = [texts[i : i + G] for i in range(0, len(texts), G)]
         rewards, told = cat_rewards(run, rows, groups, seed)
-        if rewards.isnan().all() and getattr(run.judge, "last_error", ""):
+        if rewards.isnan().all() and run.judge and run.judge.last_error:
             raise ConnectionError(f"no verdict in a whole step, {run.judge.last_error}")
     rewards = rewards.to(ids.device)
     if o.length_penalty_after:
@@ -270,25 +284,24 @@ def scores_of(run: Run) -> dict:
 
 
 def anchor_skills(run: Run) -> dict:
-    """What CaT rests on, measured before the first step on 64 held-out prompts: scores of single
-    answers and of references, the judge on criteria known to be true or false."""
+    """What CaT rests on, measured before the first step on 64 (held-out) prompts: scores of first
+    answers and of references, the judge on criteria that should be true or false."""
     o, rows, seed = run.options, (run.eval_rows or run.rows)[:64], 8 * run.options.seed + 5
-    policy = LocalModel(run.policy, run.tokenizer, top_k=o.top_k, top_p=o.top_p)
-    rollouts = policy.complete([row["prompt"] for row in rows], n=o.group_size, seed=seed,
-                               max_new_tokens=o.max_new_tokens, temperature=o.temperature)
+    rollouts = initial_rollouts(run, rows, seed)
     rewards, told = cat_rewards(run, rows, rollouts, seed + 1)
-    skills, references = {}, told.get("reference", [])
+    skills, references = {}, told["reference"]
     for name, texts in ("single", [y[0] for y in rollouts]), (o.estimator, references):
-        scores = score(rows, [text or "" for text in texts], [True] * len(rows))
+        scores = score(rows, texts, [True] * len(rows))
         skills |= {f"{name}: {k}": scores[k] for k in ("facts", "accuracy") if k in scores}
     if o.reward == "cat":
         skill = cat.judge_skill(references, told["rubric"], run.judge)
         skills |= {f"judge: {name}": value for name, value in skill.items()}
         if skill["true"] + skill["false"] < 1.7:
-            print("the judge is wrong on more than 15% of criteria known to be true or false: a "
+            print("the judge is wrong on more than 15% of criteria that should be true or false: a "
                   "policy learns to please such a judge; take a stronger --judge", file=sys.stderr)
     print(f"anchor: {numbers(skills)}")
-    if not any(references) if o.reward == "cat-sft" else rewards.isnan().all():
+    unread = not any(references) if o.reward == "cat-sft" else rewards.isnan().all()
+    if unread and o.reward != "rubric-given":
         raise ValueError(f"no reference by --estimator {o.estimator} (answers in \\boxed{{}}?), or "
                          "no rubric or verdict can be read: take a stronger --anchor or --judge")
     return skills
@@ -303,7 +316,8 @@ def show_samples(run: Run, G, step: int, rows: list, ids, lengths, rewards, coun
     sample = {"step": step, "prompt": rows[0]["prompt"], "responses": texts, "tokens": tokens,
               "rewards": rewards.tolist()} | {name: of[0] for name, of in told.items()}
     append_line(f"{run.options.output_dir}/samples.jsonl", sample)
-    ranked = sorted(zip(rewards.view(len(texts), -1).nanmean(1).tolist(), texts))
+    means = rewards.view(len(texts), -1).nanmean(1).tolist()
+    ranked = sorted((mean, text) for mean, text in zip(means, texts) if mean == mean)
     lines = [(f"step {step}", question_text(sample["prompt"])), *ranked[-1:], *ranked[:1]]
     lines += [(name, str(sample[name])) for name in ("reference", "rubric") if name in sample]
     for name, text in lines:

@@ -33,6 +33,8 @@ def read_pairs(paths: list, instructions: int, seed: int = 0) -> list:
     """(instruction, output_1, output_2, preference for the second in [0, 1]) of a draw of so many
     instructions, 0 for all; equal outputs and missing preferences left out."""
     rows = [row for path in paths for row in read_json(path)]
+    if not rows:
+        raise ValueError(f"no annotations in {paths[0]}")
     asked = sorted({row["instruction"] for row in rows})
     drawn = set(random.Random(seed).sample(asked, min(instructions or len(asked), len(asked))))
     return [(row["instruction"], row["output_1"], row["output_2"], row["preference"] - 1)
@@ -43,7 +45,7 @@ def read_pairs(paths: list, instructions: int, seed: int = 0) -> list:
 def score_all(pairs: list, verifier: str, path: str, device, batch_tokens: int) -> dict:
     """{(instruction, response): (verifier's tokens, sum of their log-probabilities in nats)}."""
     done = {(row["instruction"], row["response"]): (row["tokens"], row["logp"])
-            for row in read_lines(path, mend=True)}
+            for row in read_lines(path, mend=True) if row["verifier"] == verifier}
     todo = {(x, y): None for x, a, b, _ in pairs for y in (a, b) if (x, y) not in done}
     by_prompt = {}
     for x, y in todo:
@@ -56,8 +58,8 @@ def score_all(pairs: list, verifier: str, path: str, device, batch_tokens: int) 
                                        batch_tokens=batch_tokens)
         for y, v in zip(texts, scored):
             done[x, y] = len(v), float(v.sum())
-            append_line(path, {"instruction": x, "response": y, "tokens": len(v),
-                               "logp": float(v.sum())})
+            append_line(path, {"verifier": verifier, "instruction": x, "response": y,
+                               "tokens": len(v), "logp": float(v.sum())})
     return done
 
 

@@ -59,10 +59,12 @@ def load_model(path: str, *, train: bool, device):
 
 
 def load(what: str, path: str, device, train: bool = False):
-    """A model (None without a device) and its tokenizer.  ValueError in one line from `what`."""
+    """A model and its tokenizer (alone if device is None).  ValueError in one line from `what`."""
     try:
         tokenizer = load_tokenizer(path.removeprefix(RANDOM))
         return device and load_model(path, train=train, device=device), tokenizer
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:  # broken files, no network, unknown architectures ...
         why = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
         raise ValueError(f"{what} {path}: no folder or hub name of a model; {why}") from None
@@ -115,12 +117,6 @@ def chat_ids(tokenizer, prompt) -> list:
     return bos + tokenizer(text + "Assistant:\n", add_special_tokens=False).input_ids
 
 
-def special_tokens(tokenizer) -> dict:
-    """Text -> id of the tokens that are not text."""
-    added, named = tokenizer.added_tokens_decoder.items(), tokenizer.all_special_ids
-    return {str(token): i for i, token in added if token.special or i in named}
-
-
 def end_of_turn(tokenizer):
     """The id that ends an assistant's turn: the first special token behind its content in the chat
     template, else the tokenizer's EOS; None if it has none."""
@@ -129,7 +125,8 @@ def end_of_turn(tokenizer):
         messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "xyzzy"}]
         text = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("xyzzy")[2]
         tail = tokenizer(text, add_special_tokens=False).input_ids
-    special = special_tokens(tokenizer).values()
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    special.update(tokenizer.all_special_ids)
     return next((i for i in tail if i in special), tokenizer.eos_token_id)
 
 
@@ -167,7 +164,10 @@ class Reply(NamedTuple):
 
 
 class TextModel:
-    """`complete` for what has `stream(prompts, *, n, ...)`, which yields (i * n + g, Reply)."""
+    """`complete` for what has `stream(prompts, *, n, ...)`, which yields (i * n + g, Reply).
+    last_error: a line about a server's latest failure, "" once it answers."""
+
+    last_error = ""
 
     def complete(self, prompts: list, *, n=1, **settings) -> list:
         """n answers to each of P prompts -> P lists of n texts, None where none was to be had."""
@@ -176,25 +176,17 @@ class TextModel:
 
 
 class LocalModel(TextModel):
-    """A text model from a transformers causal language model and its tokenizer.
-
-    Special tokens spelled out in a prompt ("<|im_end|>") are broken up: no text ends its own turn.
-    What does not fit the model's context is missing: None from `complete`, NaN from the others."""
+    """A text model from a transformers causal language model and its tokenizer.  What does not fit
+    the model's context is missing: None from `complete`, NaN from the others."""
 
     def __init__(self, model, tokenizer, *, top_k=0, top_p=1.0, batch_tokens: int = 0):
         self.model, self.tokenizer, self.context = model, tokenizer, context_of(model)
         self.batch_tokens = batch_tokens or token_budget(model.device)
         self.stop_ids = find_stop_ids(model, tokenizer)
         self.sampling = {"top_k": top_k, "top_p": top_p, "stop_ids": self.stop_ids}
-        special = sorted(special_tokens(tokenizer), key=len, reverse=True)
-        self.special = re.compile("|".join(map(re.escape, special)) or "(?!)")
-
-    def plain(self, text: str) -> str:
-        return self.special.sub(lambda m: m[0][0] + " " + m[0][1:], text)
 
     def prompt_ids(self, prompt) -> list:
-        messages = [m | {"content": self.plain(m["content"])} for m in messages_of(prompt)]
-        return chat_ids(self.tokenizer, messages)
+        return chat_ids(self.tokenizer, prompt)
 
     def stream(self, prompts, *, n=1, max_new_tokens: int, temperature=1.0, seed=0, skip=()):
         """Yields (i * n + g, Reply), a batch at a time, each seeded by itself: without the prompts
@@ -208,7 +200,8 @@ class LocalModel(TextModel):
         for b, part in enumerate(batches(sizes, self.batch_tokens, self.context, n)):
             if skip.issuperset(part):
                 continue
-            noise = torch.Generator(self.model.device).manual_seed(seed * 1_000_003 + b)
+            noise = torch.Generator(self.model.device)
+            noise.manual_seed((seed * 1_000_003 + b) % 2**63)
             rows = [ids[i] for i in part]
             y, lengths = grpo.sample(self.model, rows, n, generator=noise, **settings)
             texts, stopped = response_texts(self.tokenizer, y, lengths, self.stop_ids)
@@ -220,7 +213,8 @@ class LocalModel(TextModel):
     def logprob(self, prompts: list, texts: list) -> torch.Tensor:
         """Mean log-probability of each text's tokens, without a stop token -> [B]; NaN if empty."""
         before, result = [self.prompt_ids(p) for p in prompts], torch.full((len(texts),), torch.nan)
-        after = [self.tokenizer(self.plain(t), add_special_tokens=False).input_ids for t in texts]
+        plain = {"add_special_tokens": False, "split_special_tokens": True}
+        after = [self.tokenizer(text, **plain).input_ids for text in texts]
         sizes = [len(b) + len(a) for b, a in zip(before, after)]
         for part in batches(sizes, self.batch_tokens, self.context):
             ids, lengths = grpo.pad([after[i] for i in part], self.model.device)
@@ -261,12 +255,12 @@ def parse_endpoint(name: str):
 
 class Endpoint(TextModel):
     """A text model behind an OpenAI-compatible server, through the `openai` package, its retries,
-    pauses and time-outs (seconds).  last_error: a line about the latest failure."""
+    pauses and time-outs (seconds)."""
 
     def __init__(self, model: str, url: str, *, key=None, concurrency=8, timeout=60.0, retries=4):
         import openai
         self.model, self.name, self.concurrency = model, f"{model} at {url}", concurrency
-        self.last_error, self.answered, self.refused = "", False, set()
+        self.answered, self.refused = False, set()
         self.key = (key or "no-key").strip()  # a saved Hugging Face token stays at home
         settings = {"timeout": timeout, "max_retries": retries}
         self.client = openai.OpenAI(base_url=url, api_key=self.key, **settings)
@@ -292,7 +286,7 @@ class Endpoint(TextModel):
             chat["max_completion_tokens"] = max_new_tokens
         try:
             text = self.client.chat.completions.create(**chat).choices[0].message.content[:LONGEST]
-            self.answered = True
+            self.answered, self.last_error = True, ""
             return Reply(text.encode(errors="replace").decode())
         except Exception as e:  # the server's, the network's, or of an answer that is none
             status = getattr(e, "status_code", 0)
@@ -300,7 +294,8 @@ class Endpoint(TextModel):
             error = " ".join(f"{kind}, {e.__cause__ or e}".replace(self.key, "***").split())[:250]
         if status in (401, 404) and not self.answered:  # later it is this prompt's trouble
             raise ValueError(f"{self.name} answers {status}: wrong key, model or URL")
-        if refused := {name for name in send if status == 400 and f"'{name}'" in error}:
+        unsupported = status == 400 and "nsupported" in error
+        if refused := {name for name in send if unsupported and f"'{name}'" in error}:
             self.refused |= refused  # OpenAI's newer models take neither, and say so
             return self.ask(prompt, max_new_tokens, temperature)
         self.last_error = f"{self.name}: {error}"

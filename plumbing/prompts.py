@@ -56,7 +56,7 @@ def read_prompts(path: str) -> list:
     if not rows:
         raise ValueError(f"{path}: no prompts in it")
     held_out = set(random.Random(0).sample(range(len(rows)), len(rows) // 10))
-    if path.startswith("healthbench"):
+    if path in HUB and "healthbench" in path:
         rows = [row for i, row in enumerate(rows) if (i in held_out) == ("held-out" in path)]
     return rows
 
@@ -98,7 +98,8 @@ def check_row(where: str, row) -> dict:
     need(messages and lists(messages, role=str, content=str), "needs a `prompt` (or instruction, "
          "problem): a string, or a list of messages with `role` and `content`")
     need(any(m["content"].strip() for m in messages), "the prompt is empty")
-    need(lists(facts, right=str, wrong=list), '`facts` are {"right": string, "wrong": [strings]}')
+    need(lists(facts, right=str, wrong=list) and all(isinstance(value, str) for fact in facts
+         for value in fact["wrong"]), '`facts` are {"right": string, "wrong": [strings]}')
     need(lists(rubrics, criterion=str, points=(int, float)),
          '`rubrics` are {"criterion": string, "points": number}')
     try:

@@ -3,7 +3,9 @@
 import glob
 import json
 import os
+import re
 import resource
+import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -55,15 +57,18 @@ def train_options(Options):
     if o.resume:
         folder = o.output_dir or newest("*/config.json")
         saved = read_json(f"{folder}/config.json")
-        if not saved:
+        if "reward" not in saved:
             raise ValueError(f"{folder} holds no run to resume (no config.json)")
         parser.set_defaults(**saved | {"output_dir": folder})
         [o] = parser.parse_args_into_dataclasses()
-        changed = {k: v for k, v in vars(o).items() if saved[k] != v} | {"output_dir": folder}
+        changed = {k: v for k, v in vars(o).items() if saved.get(k) != v} | {"output_dir": folder}
         print(f"resumed, with {changed}")
     o.output_dir = o.output_dir or f"runs/{o.reward}-{time.strftime('%Y%m%d-%H%M%S')}"
     if o.group_size < 2 or not (o.temperature > 0 and 0 < o.top_p <= 1):
         raise ValueError("--group_size must be 2 or more, --temperature above 0, --top_p in (0, 1]")
+    least = "steps", "prompts_per_step", "max_new_tokens", "micro_batch", "save_every"
+    if min(getattr(o, name) for name in least) < 1:
+        raise ValueError(f"--{', --'.join(least)} must be 1 or more")
     if o.reward == "cme" and (o.length_penalty_after or o.kl_in == "reward"):
         raise ValueError("--length_penalty_after and --kl_in reward need one reward per response, "
                          "and --reward cme has one per token")
@@ -86,6 +91,9 @@ def prepare(o) -> Run:
         if size > context_of(policy):
             raise ValueError(f"{row['where']}: prompt and --max_new_tokens have {size} tokens, the "
                              f"generator's context {context_of(policy)}; leave it out")
+    for row in rows if o.reward == "rubric-given" else ():
+        if not any(c["points"] > 0 for c in row["rubrics"]):
+            raise ValueError(f"{row['where']}: rubric-given needs `rubrics` with points > 0")
     run = Run(o, device, policy, tokenizer, find_stop_ids(policy, tokenizer), rows, eval_rows)
     catting = o.reward in JUDGED + ("cat-answer", "cat-sft")
     if o.beta or catting and not o.anchor:
@@ -97,7 +105,9 @@ def prepare(o) -> Run:
         run.anchor = LocalModel(*anchor, top_k=o.top_k, top_p=o.top_p, batch_tokens=o.batch_tokens)
     if o.reward in JUDGED:
         key = os.environ.get("JUDGE_API_KEY")
-        run.judge = text_model("--judge", o.judge, device, key=key) if o.judge else run.anchor
+        run.judge = run.anchor
+        if o.judge:
+            run.judge = text_model("--judge", o.judge, device, key=key, batch_tokens=o.batch_tokens)
         if run.judge.complete(["Reply with one word, yes."], max_new_tokens=64) == [[None]]:
             raise ValueError(f"--judge: {run.judge.last_error}")  # now and not after an hour
     if o.gradient_checkpointing:  # the name after and before transformers 5.2x
@@ -114,6 +124,9 @@ def begin(run: Run, optimizer) -> int:
     for folder in checkpoints(o.output_dir):
         state = torch.load(f"{folder}/state.pt", map_location=run.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
+    for path in checkpoints(o.output_dir, "best"):
+        if int(path[-6:]) > state["step"]:
+            shutil.rmtree(path)
     config = json.dumps(asdict(o) | {"resume": False}, indent=1)
     write_atomically(f"{o.output_dir}/config.json", config)
     for path in (f"{o.output_dir}/metrics.jsonl", f"{o.output_dir}/samples.jsonl"):
@@ -167,11 +180,12 @@ def finish(run: Run) -> dict:
     rows = list(read_lines(f"{folder}/metrics.jsonl"))
     best = checkpoints(folder, "best") if run.options.keep == "best" else []
     model = (best or checkpoints(folder))[-1]
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
+    memory /= 2**20 if sys.platform == "darwin" else 2**10
     if run.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(run.device) / 2**20
     result = {"before": rows[0]["held_out"] | {"reward": rows[1]["reward"]},
-              "after": rows[int(model[-6:])]["held_out"] | {"reward": rows[-1]["reward"]},
+              "after": rows[int(model[-6:])].get("held_out", {}) | {"reward": rows[-1]["reward"]},
               "seconds": round(sum(row["seconds"] for row in rows[1:]), 1),
               "skipped": sum(row["skipped"] for row in rows[1:]), "steps": rows[-1]["step"],
               "peak_memory_mb": round(memory), "model": model}
@@ -180,5 +194,8 @@ def finish(run: Run) -> dict:
 
 
 def numbers(values: dict) -> str:
-    """For the eye: {"facts": 0.5, "valid": None} -> "facts 0.500, valid -"."""
-    return ", ".join(f"{k} -" if v is None else f"{k} {v:.3f}" for k, v in values.items())
+    """For the eye, less details of what is sampled: {"facts": 0.5, "valid": None} -> "facts 0.500,
+    valid -"."""
+    details = re.compile("sampled_(facts_|accuracy_|stopped|wording|length)")
+    return ", ".join(f"{k} -" if v is None else f"{k} {v:.3f}"
+                     for k, v in values.items() if not details.match(k))

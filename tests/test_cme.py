@@ -291,3 +291,10 @@ def test_context_is_used_to_its_last_token(toy, monkeypatch):
     monkeypatch.setattr(model.config, "max_position_embeddings", len(answer))                             # not even BOS has room
     with pytest.raises(ValueError, match="context.*max_new_tokens"):
         cme.verifier_logprobs(model, tokenizer, [PROMPT], [answer])
+
+
+def test_a_token_that_meets_no_verifier_token_is_masked():
+    """The verifier's tokens cover "ab" of "ab c": what stands behind has no reward, and no part in the mean."""
+    rewards, mask = cme.aligned_rewards([-1.0], [[0, 2]], "ab c", [[0, 2], [2, 4]])
+    assert rewards.tolist() == [-1, 0] and mask.tolist() == [True, False]
+    assert cme.aligned_rewards([], np.zeros((0, 2)), "ab", [[0, 2]])[1].tolist() == [False]

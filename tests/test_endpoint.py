@@ -268,8 +268,11 @@ def test_parameters_that_a_model_does_not_take(serve):
     assert len(server.requests) == 4 and server.requests[-1][2]["max_completion_tokens"] == 7 and "temperature" not in server.requests[-1][2]
     e = endpoint(server, retries=0)                                            # eight at a time find out together
     assert e.complete(["Hi"] * 40, max_new_tokens=7, temperature=0) == [["Hello."]] * 40 and e.last_error == ""
-    server = serve([bad(400, body=json.dumps({"error": {"message": "'max_tokens': still not"}}).encode())])
+    server = serve([bad(400, body=json.dumps({"error": {"message": "Unsupported: 'max_tokens', still"}}).encode())])
     assert one(endpoint(server, retries=0)) is None and len(server.requests) == 2
+    server = serve([bad(400, body=json.dumps({"error": {"message": "'max_tokens' is too large for this context"}}).encode())])
+    e = endpoint(server, retries=0)                                            # this prompt's trouble, and no other's
+    assert one(e) is None and len(server.requests) == 1 and not e.refused
 
 
 def test_stream_says_why(serve):

@@ -225,7 +225,7 @@ def test_missing_references_leave_groups_out(tmp_path, few):
 @pytest.mark.parametrize("arguments, said", [
     (["--reward", "cme", "--kl_in", "reward"], "--kl_in reward"), (["--reward", "cme", "--length_penalty_after", 5], "--length_penalty_after"),
     (["--keep", "best", "--eval_prompts", "plain.txt"], "--keep best"),
-    (["--reward", "rubric-given", "--prompts", "plain.txt", "--eval_prompts", "plain.txt"], "verdict can be read"),
+    (["--reward", "rubric-given", "--prompts", "plain.txt"], "plain.txt:1"),
     (["--estimator", "magic"], "--estimator"),
     (["--judge", "m@http://x y/"], "MODEL@URL"), (["--judge", "/no/such/judge"], "--judge /no/such/judge"),
     (["--anchor", "/no/such/anchor"], "--anchor /no/such/anchor"),
@@ -249,3 +249,26 @@ def test_defaults_that_depend_on_the_reward():
         options = train.Options(reward=reward)
         assert (options.lr, options.steps) == (lr, steps)
     assert train.Options(reward="cat", lr=1e-6, steps=7).lr == 1e-6 and train.Options(reward="cat", lr=1e-6, steps=7).steps == 7
+
+
+def test_missing_references_have_no_score(tmp_path, few):
+    """Rubrics from the question: nothing is said of references that are not there; and a date does as a seed."""
+    status, out, err = run(tmp_path, few, "--rubric_from", "question", "--steps", 1, "--seed", 20250101)
+    assert status == 0, err
+    skills = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["skills"]
+    assert "single: facts" in skills and "synthesis: facts" not in skills and skills["judge: true"] is None
+
+
+def test_best_models_of_steps_that_are_done_again_go(tmp_path, few):
+    """Killed after a new best model and before the next checkpoint, and resumed with fewer steps: the result is of this run."""
+    scores = iter([0.1, 0.5, 0.9, 0.95])
+
+    def patch():
+        train.held_out = lambda *a, **k: {"facts": next(scores), "sampled_facts": 0.0}
+        kill_at(train, "rollout", 6)()
+    arguments = "--keep", "best", "--eval_every", 1, "--save_every", 2, "--reward", "cat-answer"
+    assert run(tmp_path, few, *arguments, "--steps", 6, patch=patch)[0] != 0
+    best = [p.name for p in (tmp_path / "run").glob("best-*")]
+    assert best == ["best-000003"]
+    status, out, err = fork(["--resume", "--output_dir", tmp_path / "run", "--steps", 2], tmp_path)
+    assert status == 0 and json.loads((tmp_path / "run/summary.json").read_text())["model"].endswith("checkpoint-000002"), err

@@ -1,14 +1,15 @@
 """CaT, Compute as Teacher (arXiv 2509.14234): several answers become a reference, that a reward.
 
     python cat.py "Tell me about Mia."      # the paper on one screen, on the toy
-    python cat.py "Why is the sky blue?" --model Qwen/Qwen3-4B --judge MODEL@http://HOST:8000/v1
+    python cat.py "Why is the sky blue?" --model Qwen/Qwen3-4B --max_new_tokens 1024
 
 A `model` is a text model (plumbing/models.py), rollouts are P lists of G texts, references P texts.
 What could not be had is None, its reward NaN: no reference, criterion or verdict is made up.
 Deliberate departures from the paper:
  1. The prompts are ours (Appendix 11 is lost in our copy); what a model wrote is in a `block`.
  2. A local judge is read from the probabilities of yes and no, not sampled: one forward pass.
- 3. A verdict that cannot be read is asked for once more, then left out of Eq. 4.
+ 3. A verdict that cannot be read is asked for once more, then left out of Eq. 4.  A rubric may have
+    fewer than five criteria; the judge does not see the question (evaluate.py's does).
  4. Answers are equal if their normal forms are: so votes are well defined.
 """
 

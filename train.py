@@ -9,7 +9,8 @@ thinks of each word.  CaT (arXiv 2509.14234): agreement with a reference made of
     python train.py --resume                   # continue the newest run
 
 Deliberate departures from the papers: at the heads of align.py, grpo.py, cme.py, cat.py; defaults
-are the toy's; AdamW's weight decay is 0.  Letters as in grpo.py.
+are the toy's; AdamW's weight decay is 0; CaT-SFT trains all weights (the paper: LoRA), and early
+stopping is --keep best.  Letters as in grpo.py.
 """
 
 import json
@@ -68,12 +69,12 @@ class Options:
     suffix: str = option("", "a paragraph added to each prompt (math500: ask for a \\boxed{})")
     group_size: int = option(8, "G, responses per prompt")
     prompts_per_step: int = option(16, "P, prompts per step; P * G responses are one update")
-    steps: Optional[int] = option(None, "steps in all")
+    steps: Optional[int] = option(None, "steps in all; none: what suits the toy")
     max_new_tokens: int = option(48, "longest response, in generator tokens")
     temperature: float = option(1.0, "of sampling, and of the log-probabilities")
     top_k: int = option(0, "sample among the k most probable tokens; 0: all")
     top_p: float = option(1.0, "sample among the most probable tokens of this mass")
-    lr: Optional[float] = option(None, "peak learning rate of AdamW")
+    lr: Optional[float] = option(None, "peak learning rate of AdamW; none: what suits the toy")
     warmup_steps: int = option(5, "steps of linear warm-up")
     schedule: Literal["cosine", "constant"] = option("cosine", "of lr, after the warm-up")
     beta: float = option(0.02, "weight of the KL to the initial policy; 0: it is not loaded")

@@ -121,7 +121,7 @@ def begin(run: Run, optimizer) -> int:
     What came after it is done again."""
     o, state = run.options, {"step": -1}
     os.makedirs(o.output_dir, exist_ok=True)
-    for folder in checkpoints(o.output_dir):
+    for folder in checkpoints(o.output_dir)[-1:]:
         state = torch.load(f"{folder}/state.pt", map_location=run.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
     for path in checkpoints(o.output_dir, "best"):

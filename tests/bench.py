@@ -1,6 +1,7 @@
 """How fast the parts are, against what one would otherwise use. Not a test: nothing here is asserted.
 
     python tests/bench.py            # the toy's models on a CPU; with a GPU also a random model of Qwen2.5-0.5B's shape
+    REAL_MODELS=... python tests/bench.py    # also SmolLM2-135M and Gemma 3 270M, in smollm2/ and gemma/ of that folder
 """
 import contextlib
 import io
@@ -194,6 +195,34 @@ def judging():
           f"Started again: {times[1][0]:.1f} s. The report: {times[2][0]:.1f} s.")
 
 
+def real(folder):
+    """REAL_MODELS: tokens per second of the parts of a step, 2 questions x 8 answers of 32 tokens, generator smollm2, verifier gemma."""
+    import resource
+    torch.set_num_threads(os.cpu_count())
+    policy, tokenizer = models.load("generator", f"{folder}/smollm2", "cpu", train=True)
+    verifier = models.load("verifier", f"{folder}/gemma", "cpu")
+    asked = [row["prompt"] for row in prompts.read_prompts(f"{ROOT}/facts/prompts.jsonl")[::500][:2]]
+    prompt_ids, noise = [models.chat_ids(tokenizer, p) for p in asked], torch.Generator().manual_seed(0)
+    ids, lengths = grpo.sample(policy, prompt_ids, 8, max_new_tokens=32, stop_ids=[], generator=noise)
+    rows, asked_of, n = [p for p in prompt_ids for _ in range(8)], [p for p in asked for _ in range(8)], ids.numel()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
+
+    def update():
+        for part in range(0, 16, 8):
+            grpo.token_logprobs(policy, rows[part:part + 8], ids[part:part + 8], lengths[part:part + 8]).mean().backward()
+        optimizer.step(), optimizer.zero_grad()
+
+    def reference():
+        with torch.no_grad():
+            grpo.token_logprobs(policy, rows, ids, lengths)
+    print(f"\nSmolLM2-135M (policy), Gemma 3 270M (verifier), {os.cpu_count()} cores, {n} tokens:\n\n| part | tokens/s |\n|---|---|")
+    for what, f in (("rollout", lambda: grpo.sample(policy, prompt_ids, 8, max_new_tokens=32, stop_ids=[], generator=noise)),
+                    ("scoring by the verifier", lambda: cme.token_rewards(*verifier, tokenizer, asked_of, ids, lengths)),
+                    ("log-probabilities of the reference", reference), ("update", update)):
+        print(f"| {what} | {n / seconds(f, times=2):.0f} |", flush=True)
+    print(f"\nPeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB.")
+
+
 def main():
     torch.set_num_threads(1)
     print(f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}" + (f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""))
@@ -208,6 +237,8 @@ def main():
     if torch.cuda.is_available():
         on_gpu()
     rounding(run)
+    if "REAL_MODELS" in os.environ:
+        real(os.environ["REAL_MODELS"])
 
 
 if __name__ == "__main__":

@@ -35,8 +35,8 @@ def read_pairs(paths: list, instructions: int, seed: int = 0) -> list:
     rows = [row for path in paths for row in read_json(path)]
     if not rows:
         raise ValueError(f"no annotations in {paths[0]}")
-    asked = sorted({row["instruction"] for row in rows})
-    drawn = set(random.Random(seed).sample(asked, min(instructions or len(asked), len(asked))))
+    asked = list(dict.fromkeys(row["instruction"] for row in rows))
+    drawn = set(random.Random(seed).sample(asked, len(asked))[: instructions or None])
     return [(row["instruction"], row["output_1"], row["output_2"], row["preference"] - 1)
             for row in rows if row["instruction"] in drawn and row["preference"]
             and row["output_1"] != row["output_2"] and row["output_1"] and row["output_2"]]

@@ -1,5 +1,6 @@
 """Statistics over prompts, which the papers leave out.  None and NaN are missing: no 0, no tie."""
 
+import functools
 import math
 from collections import Counter
 
@@ -24,13 +25,21 @@ def win_rate(preferences) -> dict:
     return found | {name: int(of.sum()) for name, of in counts.items()}
 
 
+@functools.lru_cache(1)
+def resamples(n: int, samples: int, seed: int):
+    """How often each of n prompts is in each resample -> [samples, n]: the same for all measures."""
+    drawn = np.random.default_rng(seed).integers(max(1, n), size=(samples, n))
+    places = (drawn + n * np.arange(samples)[:, None]).ravel()
+    return np.bincount(places, minlength=samples * n).reshape(samples, n).astype(float)
+
+
 def bootstrap_interval(values, *, level=0.95, samples=10_000, seed=0) -> tuple[float, float]:
     """Percentile bootstrap of the mean of values [n], one per prompt; missing ones are drawn too,
     so that comparisons over the same prompts are paired.  [1, None] -> (1, 1); nothing -> NaN."""
-    v, rng = np.array(values, float), np.random.default_rng(seed)
-    drawn = v[rng.integers(max(1, len(v)), size=(samples, len(v)))]
-    means = np.nanmean(drawn[~np.isnan(drawn).all(1)], 1)
-    ends = [(1 - level) / 2, (1 + level) / 2]
+    v = np.array(values, float)
+    counts, had = resamples(len(v), samples, seed), ~np.isnan(v)
+    sums, n = counts @ np.where(had, v, 0), counts @ had  # [samples] each
+    means, ends = sums[n > 0] / n[n > 0], [(1 - level) / 2, (1 + level) / 2]
     return tuple(np.quantile(means, ends).tolist()) if len(means) else (math.nan, math.nan)
 
 

@@ -27,7 +27,7 @@ def win_rate(preferences) -> dict:
 
 @functools.lru_cache(1)
 def resamples(n: int, samples: int, seed: int):
-    """How often each of n prompts is in each resample, [samples, n]: drawn once for all measures."""
+    """How often each of n prompts is in each resample, [samples, n]: one draw for all measures."""
     drawn = np.random.default_rng(seed).integers(max(1, n), size=(samples, n))
     places = (drawn + n * np.arange(samples)[:, None]).ravel()
     return np.bincount(places, minlength=samples * n).reshape(samples, n).astype(float)

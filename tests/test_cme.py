@@ -298,3 +298,15 @@ def test_a_token_that_meets_no_verifier_token_is_masked():
     rewards, mask = cme.aligned_rewards([-1.0], [[0, 2]], "ab c", [[0, 2], [2, 4]])
     assert rewards.tolist() == [-1, 0] and mask.tolist() == [True, False]
     assert cme.aligned_rewards([], np.zeros((0, 2)), "ab", [[0, 2]])[1].tolist() == [False]
+
+
+def test_a_verifier_with_random_weights():
+    """random:PATH: PATH's architecture and tokenizer, weights that are not its own and the same each time; what it thinks of text is near uniform."""
+    path = "toy/cme/verifier"
+    (known, tokenizer), (a, same), (b, _) = (models.load("--verifier", name, "cpu") for name in (path, "random:" + path, "random:" + path))
+    assert type(a) is type(known) and same.get_vocab() == tokenizer.get_vocab() and not any(p.requires_grad for p in a.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters()))
+    assert [p.shape for p in a.parameters()] == [p.shape for p in known.parameters()]
+    text = "Mia lives in Oslo and has a cat."
+    random, own = (cme.sequence_rewards(m, tokenizer, ["Tell me about Mia."], [text]).item() for m in (a, known))
+    assert abs(random + torch.tensor(float(len(tokenizer))).log().item()) < 1 < own - random

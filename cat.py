@@ -92,14 +92,13 @@ def judge_prompt(response: str, criterion: str, question: str = "") -> str:
 
 # Reference estimators: (prompts, rollouts [P][G], ...) -> P texts
 def synthesize(prompts: list, rollouts: list, model, *, style="freeform", question=False,
-               in_context=0, **settings) -> list:
+               **settings) -> list:
     """Eq. 1: s ~ pi_0(. | p_syn, o_1..o_G): the anchor reads the rollouts, not the question.
     style: "stepwise" for problems with a final answer.  question: put it in (Section 6.4).
-    in_context: how many rollouts are read, 0 for all.  settings: those of `complete`.
+    settings: those of `complete`.
     "... \\boxed{7}" six times and "... \\boxed{8}" twice should come out as one answer with a 7."""
-    groups = [[y for y in group if y is not None][: in_context or None] for group in rollouts]
-    asks = [synthesis_prompt(group, style, question and question_text(p))
-            for p, group in zip(prompts, groups)]
+    asks = [synthesis_prompt(group, style, question and question_text(prompt))
+            for prompt, group in zip(prompts, rollouts)]
     return [text for [text] in model.complete(asks, **settings)]
 
 
@@ -143,16 +142,12 @@ def mutual_predictability(prompts: list, rollouts: list, model, *, seed: int = 0
     return best_by(lambda _, texts: model.logprob(asks, texts), prompts, rollouts)
 
 
-def single(prompts: list, rollouts: list) -> list:
-    """The first rollout: no reconciling at all."""
-    return [group[0] for group in rollouts]
-
-
 def estimators(model, *, seed: int = 0, **settings) -> dict:
     """All by name, each (prompts, rollouts [P][G]) -> references [P]; settings: `synthesize`'s."""
     return {"synthesis": partial(synthesize, model=model, seed=seed, **settings),
             "majority": majority_vote, "best-of-n": partial(best_of_n, model=model),
-            "min-perplexity": partial(min_perplexity, model=model), "single": single,
+            "single": lambda prompts, rollouts: [group[0] for group in rollouts],
+            "min-perplexity": partial(min_perplexity, model=model),
             "mutual-predictability": partial(mutual_predictability, model=model, seed=seed)}
 
 
@@ -301,29 +296,25 @@ def judge_match(rollouts: list, references: list, model) -> list:
 def rubric_rewards(verdicts: list, points=None) -> torch.Tensor:
     """Eq. 4: the share of yes among the verdicts that could be had -> [B] float32, NaN without any.
     (yes, no, None, yes) -> 2/3.  points: P lists of n numbers (HealthBench), earned over positive
-    ones possible: (5, 3, 2, -4) -> (5 - 4) / (5 + 3) = 1/8."""
+    ones possible, NaN if one is missing: yes, no, yes of (5, 3, -4) -> (5 - 4) / (5 + 3) = 1/8."""
     rewards = []
     for p, group in enumerate(verdicts):
         for row in group:
-            had = [(v, points[p][i] if points else 1) for i, v in enumerate(row) if v is not None]
-            possible = sum(worth for _, worth in had if worth > 0)
-            earned = sum(worth for yes, worth in had if yes)
+            had = [v for v in row if v is not None]
+            worth = points[p] if points else [1] * len(had)
+            earned = sum(w for yes, w in zip(had, worth) if yes)
+            possible = sum(w for w in worth if w > 0) if len(had) == len(worth) else 0
             rewards.append(earned / possible if possible else math.nan)
     return torch.tensor(rewards, dtype=torch.float32)
 
 
-def length_penalty(rewards: torch.Tensor, lengths: torch.Tensor, after: int) -> torch.Tensor:
-    """Section 13: reward - 1 for responses of more than `after` tokens.  [B], [B] -> [B]."""
-    return rewards - (lengths > after).to(rewards)
-
-
 def judge_skill(references: list, rubrics: list, model) -> dict:
     """How well a judge reads, without labels: a reference's own criteria are true of it, those of
-    another, unless its own too, false -> shares right, and missing; NaN of none.  A coin: .5."""
+    the next, unless its own too, false -> shares right, and missing; NaN of none.  A coin: .5."""
     rows = [(s, rubric) for s, rubric in zip(references, rubrics) if s and rubric]
     texts, own = [[s] for s, _ in rows], [rubric for _, rubric in rows]
     others = [[c for c in b if c not in a] for a, b in zip(own, own[1:] + own[:1])]
-    true, false = [[v for [row] in judge_rubrics(texts, criteria, model) for v in row]
+    true, false = [sum(sum(judge_rubrics(texts, criteria, model), []), [])
                    for criteria in (own, others)]
     right = {"true": [v for v in true if v is not None],
              "false": [not v for v in false if v is not None],
@@ -331,17 +322,14 @@ def judge_skill(references: list, rubrics: list, model) -> dict:
     return {name: sum(v) / len(v) if v else math.nan for name, v in right.items()}
 
 
-def show(prompt, rollouts: list, references: dict, rubric: list, verdicts: list, rewards) -> str:
-    """One prompt's story: G rollouts, references by name, verdicts [G][n], G rewards."""
-    words = {True: "yes", False: "no", None: "?"}
-    lines = [f"question: {one_line(question_text(prompt))}", ""]
-    lines += [f"  answer {g}: {one_line(text)}" for g, text in enumerate(rollouts, 1)] + [""]
-    lines += [f"  {name}: {one_line(text)}" for name, text in references.items()] + [""]
-    table = [("answer", range(1, len(rollouts) + 1), "")]
-    for i, criterion in enumerate(rubric):
-        table.append((i + 1, [words[row[i]] for row in verdicts], "   " + one_line(criterion)))
-    table.append(("reward", [f"{r:.2f}" for r in rewards], ""))
-    lines += [f"  {name:>8} " + "".join(f"{x:>5}" for x in row) + end for name, row, end in table]
+def show(question: str, rollouts: list, reference, rubric: list, verdicts: list, rewards) -> str:
+    """One prompt's story: the reference, the criteria, each rollout's verdicts and reward."""
+    words, lines = {True: "yes", False: "no", None: "?"}, [f"question: {one_line(question)}"]
+    lines += ["", f"reference: {one_line(reference)}", ""]
+    lines += [f"criterion {i}: {one_line(c)}" for i, c in enumerate(rubric, 1)] + [""]
+    for y, row, reward in zip(rollouts, verdicts or [[]] * len(rollouts), rewards):
+        marks = "".join(f"{words[v]:>4}" for v in row)
+        lines.append(f"reward {reward:.2f}{marks}  {one_line(y)}")
     return "\n".join(lines) + "\n"
 
 
@@ -361,9 +349,8 @@ def main():
     model = text_model("--model", o.model, device, key=key)
     judge = text_model("--judge", o.judge, device, key=key) if o.judge else model
     settings = {"max_new_tokens": o.max_new_tokens, "seed": o.seed}
-    [group] = model.complete([o.prompt], n=o.group_size, **settings)
-    rollouts = [[y for y in group if y is not None]]
-    if not rollouts[0]:
+    rollouts = model.complete([o.prompt], n=o.group_size, **settings)
+    if None in rollouts[0]:
         raise ValueError(f"no answer from {o.model}: {model.last_error or 'too long'}")
     if not hasattr(model, "logprob") and o.estimator in ("min-perplexity", "mutual-predictability"):
         raise ValueError(f"--estimator {o.estimator} needs a local model's log-probabilities")
@@ -374,8 +361,7 @@ def main():
         rubrics = propose_rubrics([o.prompt], references, model, max_new_tokens=512, seed=o.seed)
         verdicts = judge_rubrics(rollouts, rubrics, judge)
         rewards = rubric_rewards(verdicts)
-    named = {o.estimator: references[0]}
-    print(show(o.prompt, rollouts[0], named, rubrics[0], verdicts[0], rewards.tolist()))
+    print(show(o.prompt, rollouts[0], references[0], rubrics[0], verdicts[0], rewards.tolist()))
 
 
 if __name__ == "__main__":

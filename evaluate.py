@@ -4,6 +4,7 @@
     python evaluate.py respond --prompts alpaca_eval --output_dir results --models base=... new=...
     GPT_API_KEY=... python evaluate.py judge --output_dir results --judge gpt=MODEL@https://HOST/v1
     python evaluate.py report --output_dir results    # without a stage: all three
+    python evaluate.py --models one=Qwen/Qwen3-4B nine=synthesis:Qwen/Qwen3-4B --prompts math500 ...
 
 Departures from the papers, which report bare win rates: intervals, p-values, position bias, win
 rates at equal length, kappa (plumbing/statistics.py); the judge's prompts are ours; a judgement
@@ -33,23 +34,26 @@ from plumbing.statistics import (
     agreement, estimate, length_controlled_win_rate, sign_permutation, win_rate)
 
 STAGES = ("respond", "judge", "report")
-PAIRS = list(combinations(("trained", "instruct", "base", "reference"), 2))  # CME's Table 1
-FIXED = ("prompts", "suffix", "max_new_tokens", "temperature", "seed")  # once there are answers
+PART = 32  # prompts, or questions to a judge, at a time: what a kill can cost
+FIXED = "prompts", "suffix", "max_new_tokens", "temperature", "group_size", "seed"  # of answers
 
 
 @dataclass
 class Options:
-    models: list[str] = option([], "NAME=MODEL ...: a folder, a hub name or a run of train.py")
+    models: list[str] = option(
+        [], "NAME=MODEL ...: a folder, a hub name or a run of train.py; NAME=ESTIMATOR:MODEL, as "
+        "synthesis:MODEL: what cat.py's estimator makes of G answers of the model")
     prompts: str = option("", "a file, or alpaca_eval, math500, ...; empty: the run's own")
     suffix: str = option("", "a paragraph added to each prompt")
     max_new_tokens: int = option(1024, "longest response, in the model's tokens")
-    temperature: float = option(0.0, "of the responses; 0: greedy")
+    temperature: float = option(0.0, "of the responses; 0: greedy, with an estimator's G at 1")
+    group_size: int = option(8, "G, answers that an estimator reads")
     seed: int = option(0, "of sampling and of the order in which a pair is shown")
     batch_tokens: int = option(0, "tokens of a batch, prompts included; 0: what suits the device")
     judge: list[str] = option([], "NAME=MODEL@URL ... (its key in NAME_API_KEY), or NAME=MODEL")
-    pairs: list[str] = option([], "NAME:NAME ..., the first over the second; empty: all")
+    pairs: list[str] = option(
+        [], "NAME:NAME ..., the first over the second; empty: all, the later over the earlier")
     judge_tokens: int = option(1024, "longest reply of a judge, its thoughts included")
-    ask_missing: bool = option(False, "ask again where a judge's reply was no verdict")
     output_dir: str = option("", "the folder; empty: inside the run among the models")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
 
@@ -90,8 +94,7 @@ def read_options(respond: bool) -> Options:
     [o] = parser.parse_args_into_dataclasses()
     o.output_dir, o.judge = folder, named("--judge", o.judge)
     o.models = answered | {name: run_of(path)[0] for name, path in models.items()}
-    o.pairs = [tuple(spec.split(":")) for spec in o.pairs] or [
-        pair if pair in PAIRS else pair[::-1] for pair in combinations(o.models, 2)]
+    o.pairs = [spec.split(":") for spec in o.pairs] or [(y, x) for x, y in combinations(o.models, 2)]
     for name, value in (saved | answered).items():
         if value not in (o.models.get(name), getattr(o, name, None)):
             raise ValueError(f"{folder} holds an evaluation with {name} {value}; for another one "
@@ -149,28 +152,20 @@ def score(rows: list, texts: list, stopped: list) -> dict:
     return means | {"wording": max(wordings.values()) / len(texts)}
 
 
-def rubric_score(verdicts: list, rubric: list):
-    """HealthBench: points earned over positive points possible; None if a verdict is missing.
-    Points (5, 3, -4), verdicts (yes, no, yes) -> (5 - 4) / (5 + 3) = 0.125."""
-    possible = sum(c["points"] for c in rubric if c["points"] > 0)
-    if not possible or None in verdicts:
-        return None
-    return sum(c["points"] for yes, c in zip(verdicts, rubric) if yes) / possible
-
-
 def held_out(model, rows: list, *, max_new_tokens: int, seed: int = 0, judge=None) -> dict:
     """Scores of a text model's responses, greedy and at T = 1 (`sampled_`), and `length` in tokens;
     `rubric`: HealthBench's, by the judge, of greedy ones to rows without facts and answers."""
     rubrics = [[] if row["facts"] or row["answer"] is not None else row["rubrics"] for row in rows]
     result, prompts = {}, [row["prompt"] for row in rows]
     for prefix, T in (("", 0.0), ("sampled_", 1.0)):
-        replies = model.stream(prompts, max_new_tokens=max_new_tokens, temperature=T, seed=seed)
-        texts, _, _, stopped, tokens = zip(*[reply for _, reply in sorted(replies)])
+        replies = model.replies(prompts, max_new_tokens=max_new_tokens, temperature=T, seed=seed)
+        texts, stopped, tokens = zip(*[reply for [reply] in replies])
         scores = score(rows, texts, stopped) | {"length": sum(tokens) / len(tokens)}
         if judge and any(rubrics) and not prefix:
             criteria = [[c["criterion"] for c in rubric] for rubric in rubrics]
+            points = [[c["points"] for c in rubric] for rubric in rubrics]
             verdicts = cat.judge_rubrics([[text] for text in texts], criteria, judge)
-            values = [rubric_score(v, rubric) for [v], rubric in zip(verdicts, rubrics)]
+            values = cat.rubric_rewards(verdicts, points)
             scores = {"rubric": estimate(values, least=0)["score"]} | scores
         result |= {prefix + name: round(value, 4) for name, value in scores.items()}
     return result
@@ -187,7 +182,7 @@ counts. Reply with one line of JSON and nothing else: {"verdict": "A" or "B" or 
 
 def read_preference(reply):
     """(verdict, reason) if a reply, after a closed thought, is the JSON that was asked for, in a
-    code fence or not; else (None, ""): of 'A', and of '{"verdict": "C", "reason": ""}'."""
+    code fence or not; else None: of 'A', and of '{"verdict": "C", "reason": ""}'."""
     text = cat.reply_text(reply).strip()
     fence = re.fullmatch(r"```(?:json)?(.*)```", text, re.S)
     try:
@@ -195,8 +190,7 @@ def read_preference(reply):
         if found.keys() == {"verdict", "reason"} and found["verdict"] in ("A", "B", "tie"):
             return found["verdict"], " ".join(found["reason"].split())
     except (ValueError, AttributeError, RecursionError):
-        pass
-    return None, ""
+        return None
 
 
 def tasks_of(rows: list, texts: dict, seed: int = 0) -> dict:
@@ -230,38 +224,36 @@ def read_judgements(path: str, tasks: dict, mend: bool = False) -> dict:
     return known
 
 
-def judge(o: Options, name: str, tasks: dict, patience: int = 24):
-    """Appends to judges/NAME.jsonl what is missing there, as it comes.  ConnectionError: the server
-    failed `patience` times in a row."""
-    path, who, failures = f"{o.output_dir}/judges/{name}.jsonl", run_of(o.judge[name])[0], 0
+def judge(o: Options, name: str, tasks: dict):
+    """Appends to judges/NAME.jsonl the verdicts that are missing there and can be had.
+    ConnectionError: the server fails."""
+    path, who = f"{o.output_dir}/judges/{name}.jsonl", run_of(o.judge[name])[0]
     known, pairs = read_judgements(path, tasks, mend=True), [{*pair} for pair in o.pairs]
     if {j["judge"] for j in known.values()} - {who}:
         raise ValueError(f"{path} holds judgements by another judge: give this one another name")
-    again = {task for task, j in known.items()
-             if j["verdict"] is None and (j["failed"] or o.ask_missing)}
-    todo = [task for task in tasks if (task not in known or task in again)
-            and (task[2] is not None or {*task[1]} in pairs)]
+    todo = [task for task in tasks
+            if task not in known and (task[2] is not None or {*task[1]} in pairs)]
     if not todo:
         return
     key = os.environ.get(re.sub(r"\W", "_", name).upper() + "_API_KEY")
     model = text_model(f"--judge {name}", who, pick_device(o.device), key=key)
-    asks, words = [tasks[task] for task in todo], {True: "yes", False: "no", None: None}
-    if todo[0][2] is None or "@http" in who:
-        replies = model.stream(asks, max_new_tokens=o.judge_tokens, temperature=0.0)
-    else:
-        parts = [asks[n : n + 64] for n in range(0, len(asks), 64)]  # what a kill can cost
-        replies = enumerate(Reply(words[yes]) for part in parts for yes in cat.decide(part, model))
-    for n, reply in progress(replies, desc=name, total=len(todo)):
-        i, shown, k = todo[n]
-        verdict, reason = read_preference(reply.text)
-        verdict = verdict if k is None else cat.read_verdict(reply.text)
-        error = reply.error or "no verdict" * (verdict is None)
-        append_line(path, {"index": i, "shown": shown, "criterion": k, "judge": who, "ask": asks[n],
-                           "verdict": verdict, "reason": reason, "error": error,
-                           "failed": reply.failed, "reply": reply.text})
-        failures = failures + 1 if reply.failed else 0
-        if failures == min(patience, max(4, len(todo))):
-            raise ConnectionError(f"--judge {name}: {failures} failures in a row, {error}")
+    read, missing = (cat.read_verdict, read_preference)[todo[0][2] is None], 0
+    for n in progress(range(0, len(todo), PART), desc=f"{name}, {PART} at a time"):
+        part = todo[n : n + PART]
+        asks = [tasks[task] for task in part]
+        found = cat.decide(asks, model, read=read, max_new_tokens=o.judge_tokens)
+        for (i, shown, k), asked, verdict in zip(part, asks, found):
+            if verdict is not None:
+                verdict, reason = verdict if k is None else (verdict, "")
+                append_line(path, {"index": i, "shown": shown, "criterion": k, "judge": who,
+                                   "ask": asked, "verdict": verdict, "reason": reason})
+        missing += found.count(None)
+        if model.failures >= PART:
+            raise ConnectionError(f"--judge {name}: no answer {model.failures} times in a row, "
+                                  + model.last_error)
+    if missing:
+        print(f"evaluate.py: {missing} verdicts of --judge {name} could not be had; the same command "
+              f"asks again. {model.last_error}", file=sys.stderr)
 
 
 # The report
@@ -272,17 +264,17 @@ def preference(judgement, x: str):
 
 
 def values_of(rows: list, answers: list, judges: dict, x: str) -> dict:
-    """{measure: [n] of x's responses, NaN = missing}, with "rubric, JUDGE": `rubric_score`."""
-    texts, stopped = ([r and r[k] for r in answers] for k in ("response", "stopped"))
-    values = measures(rows, texts, stopped) | {"stopped": stopped}
-    values["tokens"] = [r and r["tokens"] for r in answers]
-    values["characters"] = [r and len(r["response"]) for r in answers]
+    """{measure: [n] of x's responses, NaN = missing}, with "rubric, JUDGE": HealthBench's score."""
+    texts, stopped, tokens = ([r[k] for r in answers] for k in Reply._fields)
+    values = measures(rows, texts, stopped) | {"stopped": stopped, "tokens": tokens}
+    values["characters"] = [None if text is None else len(text) for text in texts]
+    points = [[c["points"] for c in row["rubrics"]] for row in rows]
     for name, known in judges.items():
-        values[f"rubric, {name}"] = scores = []
-        for i, row in enumerate(rows):
-            verdicts = [preference(known.get((i, (x,), k)), x) for k in range(len(row["rubrics"]))]
-            scores.append(rubric_score(verdicts, row["rubrics"]))
-    return {m: np.array(v, float) for m, v in values.items() if set(v) != {None}}
+        verdicts = [[[preference(known.get((i, (x,), k)), x) for k in range(len(worth))]]
+                    for i, worth in enumerate(points)]
+        values[f"rubric, {name}"] = cat.rubric_rewards(verdicts, points).tolist()
+    values = {m: np.array(v, float) for m, v in values.items()}
+    return {m: v for m, v in values.items() if not np.isnan(v).all()}
 
 
 def compare(found: dict, x: str, y: str, values: dict) -> dict:
@@ -290,12 +282,9 @@ def compare(found: dict, x: str, y: str, values: dict) -> dict:
     lengths = [values[name]["characters"] for name in (x, y)]
     p = [preference(found.get(i), x) for i in range(len(lengths[0]))]
     first = estimate([preference(found[i], found[i]["shown"][0]) for i in sorted(found)])
-    why = [found[i]["error"].split(",")[0] if i in found else "not asked"
-           for i, v in enumerate(p) if v is None]
     return {**win_rate(p), "p": sign_permutation(np.array(p, float) - 0.5),
             "length_controlled": length_controlled_win_rate(p, *lengths),
-            **{f"first_shown_{k}": first[k] for k in ("score", "low", "high")},
-            "not_had": ", ".join(f"{kind} {n}" for kind, n in Counter(why).items())}
+            **{f"first_shown_{k}": first[k] for k in ("score", "low", "high")}}
 
 
 def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
@@ -336,31 +325,51 @@ def markdown(report: dict) -> str:
 
 
 def read_responses(o: Options, name: str, n: int) -> list:
-    """A model's n responses as `respond` wrote them; None where there is none."""
-    lines = read_lines(f"{o.output_dir}/models/{name}/responses.jsonl", mend=True)
-    rows = {row["index"]: row for row in lines if row["response"] is not None}
-    return [rows.get(i) for i in range(n)]
+    """A model's n responses as `respond` wrote them; blank where there is none yet."""
+    rows = list(read_lines(f"{o.output_dir}/models/{name}/responses.jsonl", mend=True))
+    return rows + [Reply()._asdict()] * (n - len(rows))
+
+
+def answers(model, estimator: str, rows: list, o: Options, seed: int) -> list:
+    """A Reply to each prompt: the model's, or what the estimator makes of G answers of it."""
+    prompts, settings = [row["prompt"] for row in rows], {"max_new_tokens": o.max_new_tokens}
+    if not estimator:
+        replies = model.replies(prompts, temperature=o.temperature, seed=seed, **settings)
+        return [reply for [reply] in replies]
+    rollouts = model.complete(
+        prompts, n=o.group_size, temperature=o.temperature or 1.0, seed=seed, **settings)
+    had = [i for i, group in enumerate(rollouts) if None not in group]
+    settings |= {"temperature": o.temperature, "seed": seed + 1}
+    style = "freeform" if rows[0]["answer"] is None else "stepwise"
+    reconcile = cat.estimators(model, style=style, **settings)[estimator]
+    found = reconcile([prompts[i] for i in had], [rollouts[i] for i in had])
+    texts = dict(zip(had, found))
+    return [Reply(texts.get(i), stopped=True) for i in range(len(rows))]
 
 
 def respond(o: Options, name: str, rows: list):
     """models/NAME/responses.jsonl, and outputs.json as alpaca_eval reads it.  A model is in
     evaluation.json once it can answer."""
     folder, fixed = f"{o.output_dir}/models/{name}", {k: getattr(o, k) for k in FIXED}
-    done = {row["index"] for row in read_lines(f"{folder}/responses.jsonl", mend=True)}
-    if len(done) < len(rows):
-        model = load(f"--models {name}", o.models[name], pick_device(o.device))
+    done = len(list(read_lines(f"{folder}/responses.jsonl", mend=True)))
+    if done < len(rows):
+        estimator = re.match(f"({'|'.join(cat.estimators(None))}):|", o.models[name])[0]
+        path = o.models[name].removeprefix(estimator)
+        model = LocalModel(*load(f"--models {name}", path, pick_device(o.device)),
+                           batch_tokens=o.batch_tokens)
         path = f"{o.output_dir}/evaluation.json"
         models = read_json(path).get("models", {}) | {name: o.models[name]}
         write_atomically(path, json.dumps({"models": models, **fixed}))
         os.makedirs(folder, exist_ok=True)
-        replies = LocalModel(*model, batch_tokens=o.batch_tokens).stream(
-            [row["prompt"] for row in rows], max_new_tokens=o.max_new_tokens,
-            temperature=o.temperature, seed=o.seed, skip=done)
-        for i, r in progress(replies, desc=name, total=len(rows), initial=len(done)):
-            row = {"response": r.text, "stopped": r.stopped, "tokens": r.tokens, "error": r.error}
-            append_line(f"{folder}/responses.jsonl", {"index": i, **row})
+        for i in progress(range(done // PART * PART, len(rows), PART), desc=name):
+            seed = o.seed * 1_000_003 + i
+            replies = answers(model, estimator[:-1], rows[i : i + PART], o, seed)
+            for k, reply in enumerate(replies, i):
+                if k >= done:
+                    append_line(f"{folder}/responses.jsonl", {"index": k, **reply._asdict()})
     outputs = [{"instruction": question_text(row["prompt"]), "output": r["response"],
-                "generator": name} for row, r in zip(rows, read_responses(o, name, len(rows))) if r]
+                "generator": name} for row, r in zip(rows, read_responses(o, name, len(rows)))
+               if r["response"] is not None]
     write_atomically(f"{folder}/outputs.json", json.dumps(outputs, indent=1))
 
 
@@ -389,7 +398,7 @@ def main():
         respond(o, name, rows)
         gc.collect()  # one model in memory at a time
     responses = {name: read_responses(o, name, len(rows)) for name in o.models}
-    texts = {name: [r and r["response"] for r in answers] for name, answers in responses.items()}
+    texts = {name: [r["response"] for r in answers] for name, answers in responses.items()}
     tasks = tasks_of(rows, texts, o.seed)
     for name in o.judge if "judge" in stages else ():
         judge(o, name, tasks)

@@ -31,7 +31,6 @@ from evaluate import held_out, score
 from plumbing import one_clear_line, one_line, option, progress
 from plumbing.files import append_line, read_lines, write_atomically
 from plumbing.models import LocalModel, chat_ids, end_of_turn, response_texts, token_budget
-from plumbing.prompts import question_text
 from plumbing.run import Run, begin, finish, metrics_of, numbers, prepare, record, train_options
 
 TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy")
@@ -88,7 +87,6 @@ class Options:
     micro_batch: int = option(32, "responses per forward and backward pass; same gradient")
     batch_tokens: int = option(0, "tokens of a batch of rollouts; 0: what suits the device")
     max_grad_norm: float = option(1.0, "the gradient's norm is clipped at this; 0: never")
-    gradient_checkpointing: bool = option(False, "less memory for more compute")
     seed: int = option(0, "of the order of prompts and of sampling")
     output_dir: str = option("", "where all goes; empty: runs/REWARD-DATE-TIME, or the newest")
     resume: bool = option(False, "continue the run in --output_dir, with its options")
@@ -227,7 +225,7 @@ def step_rewards(run: Run, rows: list, prompt_ids, ids, lengths, seed: int):
             raise ConnectionError(f"no verdict in a whole step, {run.judge.last_error}")
     rewards = rewards.to(ids.device)
     if o.length_penalty_after:
-        rewards = cat.length_penalty(rewards, lengths, o.length_penalty_after)
+        rewards = rewards - (lengths > o.length_penalty_after).to(rewards)  # CaT, Section 13
     return rewards, ~rewards.isnan(), told
 
 
@@ -248,8 +246,6 @@ def update(run: Run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, ad
     """One optimiser step on all B responses, in micro-batches of like length; skipped if loss or
     gradient are not finite -> statistics.  old_logp None: of the policy as it is."""
     o, mask, totals = run.options, grpo.response_mask(lengths, ids.shape[1]), {}
-    for module in run.policy.modules():  # what recomputes activations wants to be "training"
-        module.training = bool(getattr(module, "gradient_checkpointing", False))
     for part in lengths.argsort(stable=True).split(o.micro_batch):
         with autocast(run.device):
             logp, entropy = grpo.token_logprobs(
@@ -269,7 +265,6 @@ def update(run: Run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, ad
     if not totals["skipped"]:
         optimizer.step()
     optimizer.zero_grad()  # now: no gradient stays alive through the next rollouts
-    run.policy.eval()
     return totals
 
 
@@ -301,29 +296,28 @@ def anchor_skills(run: Run) -> dict:
             print("the judge is wrong on more than 15% of criteria that should be true or false: a "
                   "policy learns to please such a judge; take a stronger --judge", file=sys.stderr)
     print(f"anchor: {numbers(skills)}")
-    unread = not any(references) if o.reward == "cat-sft" else rewards.isnan().all()
-    if unread and o.reward != "rubric-given":
+    nothing = not any(references) if o.reward == "cat-sft" else rewards.isnan().all()
+    if nothing and o.reward != "rubric-given":
         raise ValueError(f"no reference by --estimator {o.estimator} (answers in \\boxed{{}}?), or "
                          "no rubric or verdict can be read: take a stronger --anchor or --judge")
     return skills
 
 
 def show_samples(run: Run, G, step: int, rows: list, ids, lengths, rewards, counted, told: dict):
-    """The first prompt's group to samples.jsonl, its best and worst to the screen: responses,
-    rewards (with `cme` those of the tokens), what CaT tells."""
+    """The first prompt's group to samples.jsonl, with its rewards (with `cme` of each token) and
+    what CaT tells; to the screen the best, the worst, the reference and the rubric."""
     texts, _ = response_texts(run.tokenizer, ids[:G], lengths[:G], run.stop_ids)
     rewards = torch.where(counted, rewards, math.nan)[:G]
     tokens = [[run.tokenizer.decode([i]) for i in y[:n]] for y, n in zip(ids[:G], lengths)]
     sample = {"step": step, "prompt": rows[0]["prompt"], "responses": texts, "tokens": tokens,
               "rewards": rewards.tolist()} | {name: of[0] for name, of in told.items()}
     append_line(f"{run.options.output_dir}/samples.jsonl", sample)
-    means = rewards.view(len(texts), -1).nanmean(1).tolist()
-    ranked = sorted((mean, text) for mean, text in zip(means, texts) if mean == mean)
-    lines = [(f"step {step}", question_text(sample["prompt"])), *ranked[-1:], *ranked[:1]]
-    lines += [(name, str(sample[name])) for name in ("reference", "rubric") if name in sample]
-    for name, text in lines:
-        name = name if isinstance(name, str) else f"{name:.2f}"
-        tqdm.write(f"{name:>10} {one_line(text)}", file=sys.stdout)
+    means = rewards.view(len(texts), -1).nanmean(1).nan_to_num(-math.inf)
+    shown = [(f"best, {means.max():.2f}", texts[means.argmax()]),
+             (f"worst, {means.min():.2f}", texts[means.argmin()])]
+    shown += [(name, str(sample[name])) for name in ("reference", "rubric") if name in sample]
+    for name, text in shown:
+        tqdm.write(f"  {name}: {one_line(text)}", file=sys.stdout)
 
 
 # The algorithm
@@ -372,9 +366,8 @@ def train(run: Run) -> dict:
         row |= {"lr": learning_rate(o, step), "seconds": time.time() - clock}
         shown = numbers({name: row[name] for name in ("reward", "kl", "skipped")})
         bar.set_postfix_str(shown, refresh=False)
-        if step + 1 == o.steps or o.eval_every and step % o.eval_every == 0:
-            show_samples(run, G, step + 1, rows, ids, lengths, rewards, counted, told)
         if step + 1 == o.steps or o.eval_every and (step + 1) % o.eval_every == 0:
+            show_samples(run, G, step + 1, rows, ids, lengths, rewards, counted, told)
             row["held_out"] = scores_of(run)
         record(run, optimizer, step + 1, row)
     return finish(run)

@@ -1,11 +1,11 @@
 """Models: loading, chat templates, stop tokens; *text models*, on this machine or behind a server.
 
-A text model has complete(prompts, *, n, max_new_tokens, temperature, seed) -> P lists of n texts or
-None; a local one also logprob(prompts, texts) -> [B] and yes_probability(prompts) -> [B].
+A text model has complete(prompts, *, n, max_new_tokens, temperature, seed) -> P lists of n texts,
+None where none was to be had (last_error: why, of a server); a local one also
+logprob(prompts, texts) -> [B] and yes_probability(prompts) -> [B].
 """
 
-import re
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,6 @@ from plumbing.prompts import messages_of
 # What weights of a multimodal checkpoint (old layout, new) are called in its text model alone.
 TEXT_NAMES = {r"^language_model\.lm_head": "lm_head",
               r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
-KINDS = {"APITimeoutError": "time-out", "APIConnectionError": "connection"}  # of a server's errors
 LONGEST = 1_000_000  # characters of a server's answer; the rest is cut
 RANDOM = "random:"  # random:PATH: PATH's architecture and tokenizer, with random weights
 load_tokenizer = AutoTokenizer.from_pretrained  # from a folder, or by its name on the hub
@@ -155,29 +154,17 @@ def response_texts(tokenizer, ids: torch.Tensor, lengths: torch.Tensor, stop_ids
 
 
 class Reply(NamedTuple):
-    """A text, or None and why; `failed`: another time it may be had."""
-    text: str | None
-    error: str = ""
-    failed: bool = False
-    stopped: bool = False
-    tokens: int = 0
+    """A text, None if prompt and answer do not fit; whether it had a stop token; its tokens."""
+    response: str | None = None
+    stopped: bool | None = None
+    tokens: int | None = None
 
 
-class TextModel:
-    """`complete` for what has `stream(prompts, *, n, ...)`, which yields (i * n + g, Reply).
-    last_error: a line about a server's latest failure, "" once it answers."""
-
-    last_error = ""
-
-    def complete(self, prompts: list, *, n=1, **settings) -> list:
-        """n answers to each of P prompts -> P lists of n texts, None where none was to be had."""
-        replies = dict(self.stream(prompts, n=n, **settings))
-        return [[replies[i * n + g].text for g in range(n)] for i in range(len(prompts))]
-
-
-class LocalModel(TextModel):
+class LocalModel:
     """A text model from a transformers causal language model and its tokenizer.  What does not fit
     the model's context is missing: None from `complete`, NaN from the others."""
+
+    last_error, failures = "", 0
 
     def __init__(self, model, tokenizer, *, top_k=0, top_p=1.0, batch_tokens: int = 0):
         self.model, self.tokenizer, self.context = model, tokenizer, context_of(model)
@@ -188,26 +175,23 @@ class LocalModel(TextModel):
     def prompt_ids(self, prompt) -> list:
         return chat_ids(self.tokenizer, prompt)
 
-    def stream(self, prompts, *, n=1, max_new_tokens: int, temperature=1.0, seed=0, skip=()):
-        """Yields (i * n + g, Reply), a batch at a time, each seeded by itself: without the prompts
-        in `skip` the rest comes out as it would have."""
-        ids, skip = [self.prompt_ids(prompt) for prompt in prompts], set(skip)
-        sizes = [len(row) + max_new_tokens for row in ids]
-        for k in range(n * len(ids)):
-            if sizes[k // n] > self.context and k // n not in skip:
-                yield k, Reply(None, f"{sizes[k // n]} tokens do not fit {self.context}")
+    def complete(self, prompts: list, **settings) -> list:
+        return [[reply.response for reply in group] for group in self.replies(prompts, **settings)]
+
+    def replies(self, prompts, *, n=1, max_new_tokens: int, temperature=1.0, seed=0) -> list:
+        """n answers to each of P prompts, in batches of like length -> P lists of n Reply."""
+        ids = [self.prompt_ids(prompt) for prompt in prompts]
+        sizes, result = [len(row) + max_new_tokens for row in ids], [[Reply()] * n for _ in ids]
         settings = self.sampling | {"max_new_tokens": max_new_tokens, "temperature": temperature}
         for b, part in enumerate(batches(sizes, self.batch_tokens, self.context, n)):
-            if skip.issuperset(part):
-                continue
-            noise = torch.Generator(self.model.device)
-            noise.manual_seed((seed * 1_000_003 + b) % 2**63)
+            noise = torch.Generator(self.model.device).manual_seed((seed * 1_000_003 + b) % 2**63)
             rows = [ids[i] for i in part]
             y, lengths = grpo.sample(self.model, rows, n, generator=noise, **settings)
             texts, stopped = response_texts(self.tokenizer, y, lengths, self.stop_ids)
-            for k, (text, end, size) in enumerate(zip(texts, stopped, lengths.tolist())):
-                if part[k // n] not in skip:
-                    yield part[k // n] * n + k % n, Reply(text, stopped=end, tokens=size)
+            replies = list(map(Reply, texts, stopped, lengths.tolist()))
+            for k, i in enumerate(part):
+                result[i] = replies[k * n : (k + 1) * n]
+        return result
 
     @torch.no_grad()
     def logprob(self, prompts: list, texts: list) -> torch.Tensor:
@@ -244,66 +228,55 @@ class LocalModel(TextModel):
         return result
 
 
-def parse_endpoint(name: str):
-    """"MODEL@URL" -> (model, url), split at the last "@http"; ValueError, without any password."""
-    url = r"https?://(?:[\w.-]+|\[[\da-f:]+\])(?::\d{1,5})?(?:/[^\s?@]*)?"
-    if not (parts := re.fullmatch(rf"(.*\S.*)@({url})", name)):
-        raise ValueError(f"{name.partition('@')[0]}@... is not MODEL@URL with a URL like "
-                         "http://127.0.0.1:8000/v1 (a key does not go into the URL)")
-    return parts.groups()
-
-
-class Endpoint(TextModel):
+class Endpoint:
     """A text model behind an OpenAI-compatible server, through the `openai` package, its retries,
-    pauses and time-outs (seconds)."""
+    pauses and time-outs (seconds).  failures: of the server, since its last answer."""
 
     def __init__(self, model: str, url: str, *, key=None, concurrency=8, timeout=60.0, retries=4):
         import openai
         self.model, self.name, self.concurrency = model, f"{model} at {url}", concurrency
-        self.answered, self.refused = False, set()
+        self.last_error, self.failures, self.refused = "", 0, set()
         self.key = (key or "no-key").strip()  # a saved Hugging Face token stays at home
         settings = {"timeout": timeout, "max_retries": retries}
         self.client = openai.OpenAI(base_url=url, api_key=self.key, **settings)
 
-    def stream(self, prompts, *, n=1, max_new_tokens: int, temperature=1.0, seed=0):
-        """Yields (i * n + g, Reply) as they come; each is a request of its own, as many servers
-        ignore `n` (and `seed`, which is not sent).  An error that is the user's ends them all."""
-        pool, each = ThreadPoolExecutor(self.concurrency), [p for p in prompts for _ in range(n)]
-        running = [pool.submit(self.ask, p, max_new_tokens, temperature) for p in each]
-        places = {request: k for k, request in enumerate(running)}
-        try:
-            for request in as_completed(places):
-                yield places[request], request.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    def complete(self, prompts, *, n=1, max_new_tokens: int, temperature=1.0, seed=0) -> list:
+        """n answers to each of P prompts, each a request of its own, as many servers ignore `n`
+        (and `seed`, which is not sent).  An error that is the user's ends them all."""
+        each, pool = [p for p in prompts for _ in range(n)], ThreadPoolExecutor(self.concurrency)
+        texts = [*pool.map(lambda prompt: self.ask(prompt, max_new_tokens, temperature), each)]
+        return [texts[i : i + n] for i in range(0, len(texts), n)]
 
-    def ask(self, prompt, max_new_tokens: int, temperature: float) -> Reply:
-        """One answer.  ValueError: wrong key, model or URL (401 or 404 before any answer)."""
+    def ask(self, prompt, max_new_tokens: int, temperature: float) -> str | None:
+        """One answer.  ValueError: wrong key, model or URL (401 or 404)."""
         send = {"max_tokens": max_new_tokens, "temperature": temperature}
         send = {name: value for name, value in send.items() if name not in self.refused}
+        if "max_tokens" in self.refused:
+            send["max_completion_tokens"] = max_new_tokens
         chat = {"model": self.model, "messages": messages_of(prompt), **send}
-        if "max_tokens" not in send:
-            chat["max_completion_tokens"] = max_new_tokens
         try:
             text = self.client.chat.completions.create(**chat).choices[0].message.content[:LONGEST]
-            self.answered, self.last_error = True, ""
-            return Reply(text.encode(errors="replace").decode())
+            self.last_error, self.failures = "", 0
+            return text.encode(errors="replace").decode()
         except Exception as e:  # the server's, the network's, or of an answer that is none
             status = getattr(e, "status_code", 0)
-            kind = status or KINDS.get(type(e).__name__, "unreadable")
-            error = " ".join(f"{kind}, {e.__cause__ or e}".replace(self.key, "***").split())[:250]
-        if status in (401, 404) and not self.answered:  # later it is this prompt's trouble
+            error = f"{status or type(e).__name__}, {e.__cause__ or e}".replace(self.key, "***")
+        self.last_error = f"{self.name}: {' '.join(error.split())[:250]}"
+        if status in (401, 404):
             raise ValueError(f"{self.name} answers {status}: wrong key, model or URL")
         unsupported = status == 400 and "nsupported" in error
         if refused := {name for name in send if unsupported and f"'{name}'" in error}:
             self.refused |= refused  # OpenAI's newer models take neither, and say so
             return self.ask(prompt, max_new_tokens, temperature)
-        self.last_error = f"{self.name}: {error}"
-        return Reply(None, error, failed=status not in (400, 413, 422))
+        self.failures = 0 if status in (400, 413, 422) else self.failures + 1  # 0: the prompt's own
+        return None
 
 
 def text_model(what: str, name: str, device, *, key=None, **settings):
     """A text model by its name: a folder, a hub name, or MODEL@URL.  Errors start with `what`."""
     if "@http" in name:
-        return Endpoint(*parse_endpoint(name), key=key)
+        model, _, url = name.rpartition("@http")
+        if "?" in url or "@" in url:
+            raise ValueError(f"{what} {model}@...: a key does not go into the URL")
+        return Endpoint(model, "http" + url, key=key)
     return LocalModel(*load(what, name, device), **settings)

@@ -94,6 +94,9 @@ def prepare(o) -> Run:
     for row in rows if o.reward == "rubric-given" else ():
         if not any(c["points"] > 0 for c in row["rubrics"]):
             raise ValueError(f"{row['where']}: rubric-given needs `rubrics` with points > 0")
+    scored = any(row["facts"] or row["answer"] or row["rubrics"] for row in eval_rows)
+    if o.keep == "best" and not scored:
+        raise ValueError("--keep best needs --eval_prompts with facts, answer or rubrics")
     run = Run(o, device, policy, tokenizer, find_stop_ids(policy, tokenizer), rows, eval_rows)
     catting = o.reward in JUDGED + ("cat-answer", "cat-sft")
     if o.beta or catting and not o.anchor:
@@ -110,8 +113,6 @@ def prepare(o) -> Run:
             run.judge = text_model("--judge", o.judge, device, key=key, batch_tokens=o.batch_tokens)
         if run.judge.complete(["Reply with one word, yes."], max_new_tokens=64) == [[None]]:
             raise ValueError(f"--judge: {run.judge.last_error}")  # now and not after an hour
-    if o.gradient_checkpointing:  # the name after and before transformers 5.2x
-        getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()
     return run
 
 
@@ -151,13 +152,10 @@ def metrics_of(run: Run, G, ids, lengths, rewards, counted, advantages, told: di
 
 
 def validation(row: dict) -> float:
-    """Of a line of metrics.jsonl: the greedy held-out score, -1 without it, and at step 0."""
-    held = row.get("held_out", {"facts": None})
-    scores = [held[name] for name in ("facts", "accuracy", "rubric") if name in held]
-    if not scores:
-        raise ValueError("--keep best needs --eval_prompts with facts, answer or, with a judge, "
-                         "rubrics")
-    return -1 if scores[0] is None or not row["step"] else scores[0]
+    """Of a line of metrics.jsonl: the greedy held-out score; -1 without it, and at step 0."""
+    held = row.get("held_out", {})
+    scores = [held[name] for name in ("facts", "accuracy", "rubric") if held.get(name) is not None]
+    return scores[0] if scores and row["step"] else -1
 
 
 def record(run: Run, optimizer, step: int, row: dict):
@@ -178,8 +176,7 @@ def finish(run: Run) -> dict:
     """summary.json: scores before and after, the model, time and memory."""
     folder = run.options.output_dir
     rows = list(read_lines(f"{folder}/metrics.jsonl"))
-    best = checkpoints(folder, "best") if run.options.keep == "best" else []
-    model = (best or checkpoints(folder))[-1]
+    model = (checkpoints(folder, run.options.keep) or checkpoints(folder))[-1]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
     memory /= 2**20 if sys.platform == "darwin" else 2**10
     if run.device.type == "cuda":

@@ -78,12 +78,12 @@ def test_a_text_cannot_end_a_turn(token):
 
 def test_what_goes_into_each_prompt():
     rollouts = [["one", "two", "three"]]
-    for style, question, in_context in [("freeform", False, 0), ("stepwise", True, 0), ("freeform", False, 2)]:
+    for style, question in [("freeform", False), ("stepwise", True)]:
         model = Scripted(lambda p, t: "new")
-        assert cat.synthesize(["WHAT?"], rollouts, model, max_new_tokens=9, style=style, question=question, in_context=in_context, temperature=0.7) == ["new"]
+        assert cat.synthesize(["WHAT?"], rollouts, model, max_new_tokens=9, style=style, question=question, temperature=0.7) == ["new"]
         (prompt,), temperature = model.asked[0]
         assert prompt.startswith(cat.SYNTHESIS[style]) and ("WHAT?" in prompt) == question and temperature == 0.7
-        assert prompt.count("</response>\n") + prompt.endswith("</response>") == (in_context or 3) and ("three" in prompt) == (in_context == 0)
+        assert prompt.count("</response>\n") + prompt.endswith("</response>") == 3 and "three" in prompt
     model = Scripted(lambda p, t: "<rubric><criterion>a</criterion></rubric>")
     assert cat.propose_rubrics(["WHAT?", "WHO?"], ["ref", None], model, max_new_tokens=9) == [["a"], []]
     assert len(model.asked[0][0]) == 1 and "ref" in model.asked[0][0][0] and "WHAT?" not in model.asked[0][0][0]
@@ -230,17 +230,19 @@ def test_answer_rewards():
 def test_rubric_rewards_against_fractions():
     from fractions import Fraction
     assert cat.rubric_rewards([[[True, False, None, True]]]).tolist() == pytest.approx([2 / 3])
-    assert cat.rubric_rewards([[[True, False, None, True]]], [[5, 3, 2, -4]]).tolist() == [1 / 8]
+    assert cat.rubric_rewards([[[True, False, True]]], [[5, 3, -4]]).tolist() == [1 / 8]
     assert cat.rubric_rewards([[[], [None, None]]]).isnan().all() and cat.rubric_rewards([[[True]]], [[-2]]).isnan().all()
     assert cat.rubric_rewards([[[True, False]]], [[-3, 2]]).tolist() == [-1.5]
     rng = random.Random(0)
     for _ in range(200):
         points = [rng.choice([-3, 1, 2, 5]) for _ in range(6)]
         row = [rng.choice([True, False, None]) for _ in range(6)]
-        judged = [(v, w) for v, w in zip(row, points) if v is not None]
-        possible = sum(w for _, w in judged if w > 0)
+        possible = sum(w for w in points if w > 0)
         got = cat.rubric_rewards([[row]], [points]).item()
-        assert math.isnan(got) if not possible else got == pytest.approx(float(Fraction(sum(w for v, w in judged if v), possible)), abs=1e-6)
+        if None in row or not possible:
+            assert math.isnan(got)
+        else:
+            assert got == pytest.approx(float(Fraction(sum(w for v, w in zip(row, points) if v), possible)), abs=1e-6)
 
 
 def test_missing_rewards_stay_missing_in_the_advantages():
@@ -276,10 +278,6 @@ def test_judge_match():
     model = Scripted(lambda p, t: "yes" if p.count("same") == 3 else "no")     # once in the instruction
     assert cat.judge_match([["same", "other"], ["x"]], ["same", None], model) == [[[True], [False]], [[None]]]
     assert cat.rubric_rewards(cat.judge_match([["same", "other"], ["x"]], ["same", None], model))[:2].tolist() == [1, 0]
-
-
-def test_length_penalty():
-    assert cat.length_penalty(torch.tensor([0.5, 0.5, 0.5]), torch.tensor([749, 750, 751]), 750).tolist() == [0.5, 0.5, -0.5]
 
 
 def test_judge_skill_knows_a_coin_and_an_oracle():
@@ -345,10 +343,10 @@ def test_one_screen(capsys, monkeypatch):
     for name in cat.estimators(None):
         if name != "majority":
             out = screen("Tell me about Mia.", "--estimator", name)
-            assert f"  {name}: " in out and "answer 8:" in out and "The pet is a" in out and "reward" in out
+            assert "reference: " in out and out.count("\nreward ") == 8 and "criterion 1: " in out and "The pet is a" in out
     out = screen("How many books does Mia own?", "--style", "stepwise", "--estimator", "majority", "--group_size", "4")
-    assert re.search(r"reward( [01]\.00){4}\n", re.sub(" +", " ", out)) and "criterion" not in out
-    for arguments, said in ([["x", "--model", "/no/such"], "--model /no/such"], [["x", "--judge", "m@http://"], "MODEL@URL"]):
+    assert len(re.findall(r"\nreward [01]\.00  ", out)) == 4 and "criterion" not in out
+    for arguments, said in ([["x", "--model", "/no/such"], "--model /no/such"], [["x", "--judge", "m@http://h?key=1"], "--judge m@"]):
         with pytest.raises(ValueError, match=re.escape(said)):
             screen(*arguments)
     with pytest.raises(SystemExit):
@@ -358,18 +356,15 @@ def test_one_screen(capsys, monkeypatch):
 
 def test_the_story_of_one_prompt():
     """Byte for byte, with what is missing, and no escape sequences of a model's."""
-    story = cat.show("Why?", ["a\x1b[1m", "b"], {"synthesis": "s\nt", "single": None}, ["is a", "is\nb"], [[True, None], [False, True]], [1, math.nan])
+    story = cat.show("Why?", ["a\x1b[1m", "b"], "s\nt", ["is a", "is\nb"], [[True, None], [False, True]], [1, math.nan])
     assert story == """question: Why?
 
-  answer 1: a [1m
-  answer 2: b
+reference: s t
 
-  synthesis: s t
-  single: (none)
+criterion 1: is a
+criterion 2: is b
 
-    answer     1    2
-         1   yes   no   is a
-         2     ?  yes   is b
-    reward  1.00  nan
+reward 1.00 yes   ?  a [1m
+reward nan  no yes  b
 """
-    assert cat.show("Why?", ["a"], {}, [], [], [0.5]).endswith("    answer     1\n    reward  0.50\n")
+    assert cat.show("Why?", ["a"], None, [], [], [0.5]).endswith("reference: (none)\n\n\nreward 0.50  a\n")

@@ -112,32 +112,22 @@ def test_write_atomically(tmp_path, monkeypatch):
     assert path.read_text() == "old"
 
 
-def test_stream_keeps_the_order_and_the_stop_token():
+def test_replies():
+    """In the order of the prompts, though batches are of like length; with the stop token among the tokens, not in the text."""
     model, tokenizer = models.load("toy", "toy/cme/generator", "cpu")
     toy, asked = models.LocalModel(model, tokenizer, batch_tokens=100), [
-        "Who is Mia?", "What can you tell me about Zoe?", "Describe Ben.", "Tell me about Ada."]
-    answers = list(toy.stream(asked, max_new_tokens=40, temperature=0.0))  # two at a time, at most
-    sizes = [len(toy.prompt_ids(prompt)) for prompt in asked]
-    assert [n for n, _ in answers] == sorted(range(4), key=lambda i: sizes[i])
-    for n, reply in answers:
-        assert reply.text.split()[0] == ["Mia", "Zoe", "Ben", "Ada"][n] and reply.text.endswith(".")
-        assert reply.stopped and reply.tokens == len(tokenizer(reply.text).input_ids) + 1
-    cut = [reply for _, reply in toy.stream(asked, max_new_tokens=3, temperature=0.0)]
-    assert [(r.stopped, r.tokens) for r in cut] == [(False, 3)] * 4
-
-
-def test_stream_continues_where_it_was():
-    """What is skipped is not done again; the rest comes out as it would have."""
-    toy = models.LocalModel(*models.load("toy", "toy/cme/generator", "cpu"), batch_tokens=200)
-    asked = [row["prompt"] for row in prompts.read_prompts("toy/cme/eval.jsonl")[:20]]
-    settings = {"max_new_tokens": 24, "temperature": 1.0, "seed": 3}
-    whole = list(toy.stream(asked, **settings))
-    assert len(whole) == 20 and len({reply.text for _, reply in whole}) > 15
-    for n in (0, 1, 7, 19, 20):
-        assert list(toy.stream(asked, **settings, skip={i for i, _ in whole[:n]})) == whole[n:]
-    assert list(toy.stream(asked, **settings | {"seed": 4})) != whole
-    same = [reply.text for _, reply in toy.stream(asked[:1] * 16, **settings)]
-    assert len(set(same)) > 8  # no batch has another's noise
+        "Who is Mia?", "What can you tell me about Zoe?", "Describe Ben.", "Tell me about " + "Ada " * 900 + ".", "Tell me about Ada."]
+    answers = [reply for [reply] in toy.replies(asked, max_new_tokens=40, temperature=0.0)]  # two at a time, at most
+    assert answers.pop(3) == models.Reply(None, None, None)  # does not fit
+    for name, reply in zip(["Mia", "Zoe", "Ben", "Ada"], answers, strict=True):
+        assert reply.response.split()[0] == name and reply.response.endswith(".")
+        assert reply.stopped and reply.tokens == len(tokenizer(reply.response).input_ids) + 1
+    cut = toy.replies(asked[:3], n=2, max_new_tokens=3, temperature=0.0)
+    assert [(r.stopped, r.tokens) for group in cut for r in group] == [(False, 3)] * 6
+    settings = {"max_new_tokens": 24, "temperature": 1.0}
+    same = toy.complete(asked[:1], n=16, seed=3, **settings)
+    assert toy.complete(asked[:1], n=16, seed=3, **settings) == same != toy.complete(asked[:1], n=16, seed=4, **settings)
+    assert len({text for [text] in toy.complete(asked[:1] * 16, seed=3, **settings)}) > 8  # no batch has another's noise
 
 
 def test_folders_with_brackets(tmp_path):

@@ -93,7 +93,7 @@ def test_a_run_leaves_what_it_promises(whole):
     assert {"reward", "loss", "kl", "approx_kl", "clipfrac", "entropy", "grad_norm", "length", "truncated", "flat", "lr", "skipped"} <= set(metrics[1])
     assert metrics[1]["kl"] == pytest.approx(0, abs=1e-9) and metrics[6]["kl"] > 0 and metrics[1]["grad_norm"] > 0 and metrics[1]["approx_kl"] == 0
     samples = rows(run / "samples.jsonl")
-    assert [s["step"] for s in samples] == [1, 4, 6]
+    assert [s["step"] for s in samples] == [3, 6]
     for s in samples:
         assert len(s["responses"]) == len(s["rewards"]) == len(s["tokens"]) == 3
         means = []
@@ -104,7 +104,7 @@ def test_a_run_leaves_what_it_promises(whole):
             counted = [r for r in rewards if r is not None]
             means.append(sum(counted) / len(counted))
         for i in (means.index(max(means)), means.index(min(means))):
-            assert f"{means[i]:.2f} {s['responses'][i]}" in out
+            assert f"{means[i]:.2f}: {s['responses'][i]}" in out
     assert "before" in out and "after" in out and str(run) in out
     policy = models.load_model(str(run / "checkpoint-000006"), train=True, device="cpu")                    # what transformers loads again
     assert policy.dtype == torch.float32 and models.load_tokenizer(str(run / "checkpoint-000006")).chat_template
@@ -210,7 +210,7 @@ def test_it_learns(tmp_path):
 
 
 @pytest.mark.parametrize("arguments", [["--reward", "cme-sequence"], ["--reward", "reverse-kl"], ["--reward", "rent"], ["--credit", "word"], ["--beta", 0, "--no_scale"],
-                                       ["--updates_per_rollout", 2, "--micro_batch", 4, "--schedule", "constant"], ["--gradient_checkpointing"],
+                                       ["--updates_per_rollout", 2, "--micro_batch", 4, "--schedule", "constant"],
                                        ["--temperature", 0.7, "--top_k", 20, "--top_p", 0.8, "--max_grad_norm", 0]])
 def test_options_run(tmp_path, few, arguments):
     status, out, err = fork([*TINY, *few, "--steps", 2, *arguments, "--output_dir", tmp_path / "run"], tmp_path)
@@ -243,7 +243,7 @@ def step_of(run, **options):
     return gradient, stats
 
 
-def test_gradient_does_not_depend_on_micro_batches_or_checkpointing(run_in_process):
+def test_gradient_does_not_depend_on_micro_batches(run_in_process):
     run = run_in_process
     whole, stats = step_of(run, max_grad_norm=0, micro_batch=6)
     for size in (1, 4, 5):
@@ -251,13 +251,6 @@ def test_gradient_does_not_depend_on_micro_batches_or_checkpointing(run_in_proce
         for a, b in zip(whole, parts):
             torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
         assert stats_of_parts == pytest.approx(stats, rel=1e-4, abs=1e-7)
-    checkpointed = train.prepare(train.Options(gradient_checkpointing=True, output_dir="unused", group_size=3, max_new_tokens=24))
-    layer, calls = checkpointed.policy.base_model.layers[0], []
-    layer.mlp.register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    for a, b in zip(whole, step_of(checkpointed, max_grad_norm=0, micro_batch=3)[0]):
-        torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
-    assert len(calls) - calls.count(False) == 4, "each of two micro-batches runs the layer forward, and again in its backward pass"
-    assert not any(m.training for m in checkpointed.policy.modules())
 
 
 def test_rent_and_reverse_kl_are_their_definitions():
@@ -278,14 +271,24 @@ def test_rent_and_reverse_kl_are_their_definitions():
         assert reverse[i].item() == pytest.approx(verifier[i].item() - logp[range(n), y[:n]].mean().item(), abs=1e-4)
 
 
-def test_checkpointing_does_not_switch_dropout_on(tmp_path):
-    """A model with dropout, in its layers' own way too (OPT): gradient checkpointing wants training mode, and nothing may become random."""
+def test_length_penalty(run_in_process):
+    """CaT, Section 13: one less for each response of more tokens than that."""
+    run = train.prepare(train.Options(reward="cme-sequence", group_size=3, max_new_tokens=24, output_dir="unused"))
+    batch = train.rollout(run, run.rows[:2], 0)
+    plain, _, _ = train.step_rewards(run, run.rows[:2], *batch, 0)
+    run.options.length_penalty_after = after = int(batch[2].sort().values[2])
+    penalised, _, _ = train.step_rewards(run, run.rows[:2], *batch, 0)
+    torch.testing.assert_close(plain - penalised, (batch[2] > after).float())
+    assert 0 < (batch[2] > after).sum() < 6
+
+
+def test_training_mode_does_not_switch_dropout_on(tmp_path):
+    """A model with dropout, in its layers' own way too (OPT): nothing may become random, in training mode neither."""
     import transformers
     config = transformers.OPTConfig(vocab_size=50, hidden_size=16, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
                                     max_position_embeddings=64, dropout=0.5, attention_dropout=0.5)
     transformers.OPTForCausalLM(config).save_pretrained(tmp_path)
     model = models.load_model(str(tmp_path), train=True, device="cpu")
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     model.train()
     a, b = (grpo.token_logprobs(model, [[5, 6]], torch.tensor([[7, 8, 9]]), torch.tensor([3])) for _ in range(2))
     assert torch.equal(a, b)
@@ -400,7 +403,7 @@ def bf16():
     models.load_model = lambda path, *, train, device: load(path, train=train, device=device).to(torch.float32 if train else torch.bfloat16)
 
 
-@pytest.mark.parametrize("arguments", [[], ["--gradient_checkpointing"], ["--reward", "cme-sequence"]])
+@pytest.mark.parametrize("arguments", [[], ["--reward", "cme-sequence"]])
 def test_mixed_precision_runs(tmp_path, few, arguments):
     status, out, err = fork([*TINY, *few, *arguments, "--steps", 2, "--output_dir", tmp_path / "run"], tmp_path, bf16)
     assert status == 0, err

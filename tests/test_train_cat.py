@@ -43,7 +43,7 @@ def whole(tmp_path_factory, few):
 def test_the_whole_story_is_kept(whole):
     folder, out = whole
     stories = rows(folder / "samples.jsonl")
-    assert [s["step"] for s in stories] == [1, 4, 6]
+    assert [s["step"] for s in stories] == [3, 6]
     for s in stories:
         assert len(s["responses"]) == 3 == len(s["rewards"]) == len(s["verdicts"]) and isinstance(s["reference"], str)
         for verdicts, reward in zip(s["verdicts"], s["rewards"]):
@@ -227,10 +227,10 @@ def test_missing_references_leave_groups_out(tmp_path, few):
     (["--keep", "best", "--eval_prompts", "plain.txt"], "--keep best"),
     (["--reward", "rubric-given", "--prompts", "plain.txt"], "plain.txt:1"),
     (["--estimator", "magic"], "--estimator"),
-    (["--judge", "m@http://x y/"], "MODEL@URL"), (["--judge", "/no/such/judge"], "--judge /no/such/judge"),
+    (["--judge", "m@http://x y/"], "--judge: m at http://x y/"), (["--judge", "/no/such/judge"], "--judge /no/such/judge"),
     (["--anchor", "/no/such/anchor"], "--anchor /no/such/anchor"),
     (["--prompts", "rubrics.jsonl"], "rubrics.jsonl:1"),
-    (["--estimator", "majority"], "boxed"), (["--judge", "m@http://127.0.0.1:9/v1"], "connection"),
+    (["--estimator", "majority"], "boxed"), (["--judge", "m@http://127.0.0.1:9/v1"], "APIConnectionError"),
     (["--judge", "toy/cme/verifier"], "yes and no")])
 def test_bad_input_gets_one_line_and_status_2(tmp_path, few, monkeypatch, arguments, said):
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01), monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.01)

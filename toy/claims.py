@@ -75,7 +75,7 @@ def draw(model_path: str, file: str, repeats: int, names=None) -> list:
     for repeat in range(repeats):
         rollouts = model.complete(prompts, n=8, max_new_tokens=48, temperature=1.0, seed=1000 + repeat)
         known = cat.estimators(anchor, max_new_tokens=48, style=style, seed=repeat)
-        known["synthesis from 1"] = cat.estimators(anchor, max_new_tokens=48, style=style, seed=repeat, in_context=1)["synthesis"]
+        known["synthesis from 1"] = lambda prompts, rollouts, all_of=known["synthesis"]: all_of(prompts, [y[:1] for y in rollouts])
         known["synthesis, question in"] = cat.estimators(anchor, max_new_tokens=48, style=style, seed=repeat, question=True)["synthesis"]
         known["greedy"] = lambda prompts, _: [y[0] for y in model.complete(prompts, max_new_tokens=48, temperature=0.0)]
         references = {name: estimate(prompts, rollouts) for name, estimate in known.items() if names is None or name in names}

@@ -94,7 +94,8 @@ def read_options(respond: bool) -> Options:
     [o] = parser.parse_args_into_dataclasses()
     o.output_dir, o.judge = folder, named("--judge", o.judge)
     o.models = answered | {name: run_of(path)[0] for name, path in models.items()}
-    o.pairs = [spec.split(":") for spec in o.pairs] or [(y, x) for x, y in combinations(o.models, 2)]
+    all_pairs = [(y, x) for x, y in combinations(o.models, 2)]
+    o.pairs = [spec.split(":") for spec in o.pairs] or all_pairs
     for name, value in (saved | answered).items():
         if value not in (o.models.get(name), getattr(o, name, None)):
             raise ValueError(f"{folder} holds an evaluation with {name} {value}; for another one "
@@ -212,55 +213,50 @@ def tasks_of(rows: list, texts: dict, seed: int = 0) -> dict:
     return tasks
 
 
-def read_judgements(path: str, tasks: dict, mend: bool = False) -> dict:
-    """{task: judgement}, the latest.  ValueError: not of the responses that are there now."""
-    known = {}
-    for row in read_lines(path, mend):
-        task = row["index"], tuple(row["shown"]), row["criterion"]
-        if tasks.get(task) != row.pop("ask"):
-            raise ValueError(f"{path} holds judgements of other responses than are there now: "
-                             "remove it, and judge again")
-        known[task] = row
-    return known
+def read_judgements(o: Options, name: str) -> dict:
+    """{what was asked: judgement} of judges/NAME.jsonl.  What is not asked any more is not used."""
+    path = f"{o.output_dir}/judges/{name}.jsonl"
+    return {row["ask"]: row for row in read_lines(path, mend=True)}
 
 
 def judge(o: Options, name: str, tasks: dict):
     """Appends to judges/NAME.jsonl the verdicts that are missing there and can be had.
     ConnectionError: the server fails."""
     path, who = f"{o.output_dir}/judges/{name}.jsonl", run_of(o.judge[name])[0]
-    known, pairs = read_judgements(path, tasks, mend=True), [{*pair} for pair in o.pairs]
+    known, pairs = read_judgements(o, name), [{*pair} for pair in o.pairs]
     if {j["judge"] for j in known.values()} - {who}:
         raise ValueError(f"{path} holds judgements by another judge: give this one another name")
-    todo = [task for task in tasks
-            if task not in known and (task[2] is not None or {*task[1]} in pairs)]
+    todo = {asked: (i, shown, k) for (i, shown, k), asked in tasks.items()
+            if asked not in known and (k is not None or {*shown} in pairs)}
     if not todo:
         return
     key = os.environ.get(re.sub(r"\W", "_", name).upper() + "_API_KEY")
     model = text_model(f"--judge {name}", who, pick_device(o.device), key=key)
-    read, missing = (cat.read_verdict, read_preference)[todo[0][2] is None], 0
-    for n in progress(range(0, len(todo), PART), desc=f"{name}, {PART} at a time"):
-        part = todo[n : n + PART]
-        asks = [tasks[task] for task in part]
-        found = cat.decide(asks, model, read=read, max_new_tokens=o.judge_tokens)
-        for (i, shown, k), asked, verdict in zip(part, asks, found):
+    asks, pairwise, missing = [*todo], None in next(iter(todo.values())), 0
+    read = read_preference if pairwise else cat.read_verdict
+    for n in progress(range(0, len(asks), PART), desc=f"{name}, {PART} at a time"):
+        part = asks[n : n + PART]
+        found = cat.decide(part, model, read=read, max_new_tokens=o.judge_tokens)
+        for asked, verdict in zip(part, found):
             if verdict is not None:
-                verdict, reason = verdict if k is None else (verdict, "")
-                append_line(path, {"index": i, "shown": shown, "criterion": k, "judge": who,
-                                   "ask": asked, "verdict": verdict, "reason": reason})
+                verdict, reason = verdict if pairwise else (verdict, "")
+                (i, shown, k), said = todo[asked], {"verdict": verdict, "reason": reason}
+                task = {"index": i, "shown": shown, "criterion": k, "judge": who, "ask": asked}
+                append_line(path, task | said)
         missing += found.count(None)
         if model.failures >= PART:
             raise ConnectionError(f"--judge {name}: no answer {model.failures} times in a row, "
                                   + model.last_error)
     if missing:
-        print(f"evaluate.py: {missing} verdicts of --judge {name} could not be had; the same command "
-              f"asks again. {model.last_error}", file=sys.stderr)
+        print(f"evaluate.py: {missing} verdicts of --judge {name} could not be had; the same "
+              f"command asks again. {model.last_error}", file=sys.stderr)
 
 
 # The report
-def preference(judgement, x: str):
+def preference(verdict, shown: tuple, x: str):
     """For x: 1, .5, 0, None if missing or not asked; of a criterion, for yes."""
-    p = {"A": 1, "tie": 0.5, "B": 0, True: 1, False: 0}.get(judgement and judgement["verdict"])
-    return p if p is None or judgement["shown"][0] == x else 1 - p
+    p = {"A": 1, "tie": 0.5, "B": 0, True: 1, False: 0}.get(verdict)
+    return p if p is None or shown[0] == x else 1 - p
 
 
 def values_of(rows: list, answers: list, judges: dict, x: str) -> dict:
@@ -270,7 +266,7 @@ def values_of(rows: list, answers: list, judges: dict, x: str) -> dict:
     values["characters"] = [None if text is None else len(text) for text in texts]
     points = [[c["points"] for c in row["rubrics"]] for row in rows]
     for name, known in judges.items():
-        verdicts = [[[preference(known.get((i, (x,), k)), x) for k in range(len(worth))]]
+        verdicts = [[[known.get((i, (x,), k)) for k in range(len(worth))]]
                     for i, worth in enumerate(points)]
         values[f"rubric, {name}"] = cat.rubric_rewards(verdicts, points).tolist()
     values = {m: np.array(v, float) for m, v in values.items()}
@@ -278,18 +274,18 @@ def values_of(rows: list, answers: list, judges: dict, x: str) -> dict:
 
 
 def compare(found: dict, x: str, y: str, values: dict) -> dict:
-    """x over y by a judge.  found: {number of the prompt: judgement}."""
+    """x over y by a judge.  found: {number of the prompt: (verdict, names in the order shown)}."""
     lengths = [values[name]["characters"] for name in (x, y)]
-    p = [preference(found.get(i), x) for i in range(len(lengths[0]))]
-    first = estimate([preference(found[i], found[i]["shown"][0]) for i in sorted(found)])
+    p = [preference(*found.get(i, (None, ())), x) for i in range(len(lengths[0]))]
+    first = estimate([preference(verdict, "A", "A") for verdict, _ in found.values()])
     return {**win_rate(p), "p": sign_permutation(np.array(p, float) - 0.5),
             "length_controlled": length_controlled_win_rate(p, *lengths),
             **{f"first_shown_{k}": first[k] for k in ("score", "low", "high")}}
 
 
 def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
-    """All that can be said.  responses: {model: n rows or None}; judges: {name: read_judgements};
-    pairs: [(x, y)], x over y."""
+    """All that can be said.  responses: {model: n rows}; judges: {name: {task: verdict}}; pairs:
+    [(x, y)], x over y."""
     values = {x: values_of(rows, answers, judges, x) for x, answers in responses.items()}
     means, differences, compared, agreed = [], [], [], []
     for x in responses:  # HealthBench clips the mean, not the examples; no other is below 0
@@ -299,7 +295,7 @@ def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
             d, of = values[x][m] - values[y][m], {"pair": f"{x}:{y}", "measure": m}
             differences.append(of | estimate(d) | {"p": sign_permutation(d)})
         for name, known in judges.items():
-            found = {i: j for (i, shown, _), j in known.items() if {*shown} == {x, y}}
+            found = {i: (v, shown) for (i, shown, _), v in known.items() if {*shown} == {x, y}}
             if found:
                 of = {"pair": f"{x}:{y}", "judge": name}
                 compared.append(of | compare(found, x, y, values))
@@ -307,7 +303,8 @@ def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
         both = defaultdict(list)
         for task in (task for task in judges[a] if task in judges[b]):
             on = ":".join(sorted(task[1])) if task[2] is None else "criteria"
-            both[on].append([preference(judges[name][task], min(task[1])) for name in (a, b)])
+            p = [preference(judges[name][task], task[1], min(task[1])) for name in (a, b)]
+            both[on].append(p)
         for on, p in both.items():
             agreed.append({"judges": f"{a}:{b}", "on": on} | agreement(*zip(*p)))
     return finite({"means": means, "differences": differences, "pairs": compared,
@@ -376,8 +373,11 @@ def respond(o: Options, name: str, rows: list):
 def report(o: Options, rows: list, responses: dict, tasks: dict):
     """report.json and report.md, of all responses and judgements; the latter on the screen too."""
     names = [f[:-6] for f in sorted(os.listdir(f"{o.output_dir}/judges")) if f.endswith(".jsonl")]
-    judges = {name: read_judgements(f"{o.output_dir}/judges/{name}.jsonl", tasks) for name in names}
-    who = {f"judge {name}": j["judge"] for name, known in judges.items() for j in known.values()}
+    judges, who = {}, {}
+    for name in names:
+        known = read_judgements(o, name)
+        judges[name] = {t: known[ask]["verdict"] for t, ask in tasks.items() if ask in known}
+        who |= {f"judge {name}": row["judge"] for row in known.values()}
     settings = o.models | who | {name: getattr(o, name) for name in FIXED}
     found = {"settings": [settings]} | make_report(rows, responses, judges, o.pairs)
     write_atomically(f"{o.output_dir}/report.json", json.dumps(found, indent=1))

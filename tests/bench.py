@@ -5,6 +5,7 @@
 """
 import contextlib
 import io
+import itertools
 import os
 import platform
 import random
@@ -160,12 +161,13 @@ server.serve_forever()
 def judging():
     """What 805 prompts x 6 pairs x 2 judges cost beyond the judges: a scripted server, responses of about 1,750 characters."""
     os.environ["NO_PROXY"] = "127.0.0.1"
-    rng, names, real, resident = random.Random(0), sorted(set(sum(evaluate.PAIRS, ()))), files.append_line, []
+    rng, names, real, resident = random.Random(0), ["reference", "base", "instruct", "trained"], files.append_line, []
+    pairs = [(y, x) for x, y in itertools.combinations(names, 2)]
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
         words = f.read().split()
     with subprocess.Popen([sys.executable, "-c", JUDGE], stdout=subprocess.PIPE, text=True) as server, tempfile.TemporaryDirectory() as folder:
         url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
-        o = evaluate.Options(models=dict.fromkeys(names, "none"), prompts="made up", pairs=evaluate.PAIRS, output_dir=folder,
+        o = evaluate.Options(models=dict.fromkeys(names, "none"), prompts="made up", pairs=pairs, output_dir=folder,
                              judge={j: f"m@{url}" for j in ("one", "two")})
         rows = [prompts.check_row("", {"prompt": " ".join(rng.choices(words, k=40))}) for _ in range(805)]
         os.makedirs(os.path.join(folder, "judges"))
@@ -173,7 +175,7 @@ def judging():
             os.makedirs(os.path.join(folder, "models", name))
             for i in range(805):
                 real(os.path.join(folder, "models", name, "responses.jsonl"),
-                     {"index": i, "response": " ".join(rng.choices(words, k=300)), "stopped": True, "tokens": 400, "error": ""})
+                     {"index": i, "response": " ".join(rng.choices(words, k=300)), "stopped": True, "tokens": 400})
 
         def append(path, row):                                                 # memory: now and then, what is resident, in MB
             real(path, row)

@@ -19,15 +19,16 @@ Deliberate departures from the paper, and from its public code (1):
     and the library's offsets give every piece of an emoji the same characters, of which an overlap
     sum made 10.0 nats out of 4.0.  Tokens are summed by weight; the public code averages them.
  2. A token that holds b bytes of a k-byte character covers b/k of it.  The paper does not say.
+    Where its tokenizer changed the text (NFC), tokens that begin together share it by bytes.
  3. A verifier token of width 0 (SentencePiece's dummy prefix) joins the next one.
 
 Letters: T generator (target) tokens, N verifier (source) tokens, L characters.  A span is
 [start, end) in characters (code points) of the text, float64 because of departure 2.
 """
 
+import functools
 import json
 import re
-import weakref
 
 import numpy as np
 
@@ -79,11 +80,9 @@ def _share_out(mass, source, target):
 def _check_spans(name, spans):
     spans = np.asarray(spans, dtype=np.float64)
     spans = spans.reshape(0, 2) if spans.size == 0 else spans
-    if spans.ndim != 2 or spans.shape[1] != 2:
-        raise ValueError(f"{name} spans must be [tokens, 2], not {list(spans.shape)}")
-    edges = spans[spans[:, 0] != spans[:, 1]].ravel()  # c_1, d_1, c_2, d_2, ... of those with width
-    if not (np.isfinite(spans).all() and (np.diff(edges) >= 0).all()):
-        raise ValueError(f"{name} spans must be finite, in order, not overlapping, start <= end")
+    in_order = np.isfinite(spans).all() and (np.diff(spans.ravel()) >= 0).all()
+    if spans.shape[1:] != (2,) or not in_order:
+        raise ValueError(f"{name} spans must be [tokens, 2], finite, in order, not overlapping")
     return spans
 
 
@@ -103,7 +102,7 @@ def visible(text, spans):
     ink = np.append(0, np.cumsum(~space))  # [L + 1] how many characters before it are no whitespace
     first = np.floor(spans[:, 0] + 1e-6).astype(int)
     last = np.ceil(spans[:, 1] - 1e-6).astype(int)
-    return (spans[:, 1] > spans[:, 0]) & (ink[last] > ink[np.minimum(first, last)])
+    return (spans[:, 1] > spans[:, 0]) & (ink[last] > ink[first])
 
 
 def spans_from_ids(tokenizer, ids):
@@ -164,61 +163,37 @@ def _spans_of_bytes(parts, drop_prefix=False):
             leads[at + error.start : at + error.end] = False
             leads[at + error.start] = True
             at += error.end
-    start = np.flatnonzero(leads)  # [L] first byte of each character
-    size = np.diff(np.append(start, len(raw)))  # [L] number of its bytes
-    char = np.cumsum(leads) - 1  # [bytes] which character
-    place = np.append(char + (np.arange(len(raw)) - start[char]) / size[char], len(start))
-    edge = place[upto]  # [T + 1] of [bytes + 1]
+    start = np.flatnonzero(np.append(leads, True))  # [L + 1] first bytes of characters; the end
+    edge = np.interp(upto, start, np.arange(len(start)))  # [T + 1]
     return raw.decode("utf-8", errors="replace"), np.stack([edge[:-1], edge[1:]], axis=1)
 
 
 def _spans_by_offsets(text, parts, offsets):
-    """Spans in a text that the tokenizer changed: the library's offsets, made to tile the text.
+    """Spans in a text that the tokenizer changed: from where the library says that tokens begin.
 
-    parts [N] bytes of the tokens, offsets [N, 2] -> float64 [N, 2].  Neighbours whose offsets
-    overlap (pieces of one character) are a group and share its characters by what they hold of the
-    changed text.  Characters between groups go to the next from the first whitespace on, before it
-    to the previous.  "e", U+0301, " x" under NFC as C3, A9, ` x` with offsets (0, 1), (0, 1),
-    (2, 4): [0, 1] [1, 2] [2, 4].
+    parts [N] bytes of the tokens, offsets [N, 2] -> float64 [N, 2].  A token ends where the next
+    one begins, so the spans tile the text; tokens that begin together (pieces of one character)
+    share that stretch by their bytes.  "e", U+0301, " x" under NFC as C3, A9, ` x` with offsets
+    (0, 1), (0, 1), (2, 4): [0, 1] [1, 2] [2, 4].
     """
-    if not parts:
-        return np.zeros((0, 2))
-    begin, end = np.asarray(offsets).T
-    end = np.maximum.accumulate(end)
-    ends_group = np.append(end[:-1] <= np.minimum.accumulate(begin[::-1])[::-1][1:], True)  # [N]
-    reach = _spans_of_bytes(parts)[1][:, 1] + np.cumsum([not p for p in parts])  # [N] unknown: 1
-    held, place, first = [0.0], [0], 0  # reach, and position in the text, where groups end
-    for last in np.flatnonzero(ends_group).tolist():
-        stop = begin[last + 1] if last + 1 < len(parts) else len(text)
-        upto = int(end[last])
-        while upto < stop and not text[upto].isspace():
-            upto += 1
-        same = first < last and begin[first] == begin[first + 1]
-        if same and parts[first].startswith(b" ") and not text.startswith(" ", place[-1]):
-            reach[first:] -= 1  # a dummy prefix: a space that the text does not have
-        held.append(reach[last])
-        place.append(upto)
-        first = last + 1
-    place[-1] = len(text)
-    edge = np.interp(np.append(0.0, reach), held, place)  # [N + 1]
+    begin = np.maximum.accumulate([start for start, _ in offsets])  # [N] NFC may reorder characters
+    begin[:1] = 0
+    held = np.cumsum([0] + [len(part) or 1 for part in parts])  # [N + 1] bytes; an unknown one: 1
+    place, first = np.unique(begin, return_index=True)  # where tokens begin, the first that does
+    edge = np.interp(held, held[[*first, -1]], [*place, len(text)])  # [N + 1]
     return np.stack([edge[:-1], edge[1:]], axis=1)
-
-
-_TABLES = weakref.WeakKeyDictionary()  # tokenizer -> its _Pieces
 
 
 def _pieces(tokenizer):
     """The tokenizer's table of id -> bytes, made anew when its decoder or its tokens change."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    name, backend = type(tokenizer).__name__, getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.decoder is None:
-        raise ValueError(f"{type(tokenizer).__name__} has no fast backend with a decoder")
-    decoder = backend.decoder.__getstate__()  # JSON
-    state = decoder, tuple(tokenizer.all_special_ids), backend.get_vocab_size()
-    if tokenizer not in _TABLES or _TABLES[tokenizer].state != state:
-        _TABLES[tokenizer] = _Pieces(type(tokenizer).__name__, backend, state)
-    return _TABLES[tokenizer]
+        raise ValueError(f"{name} has no fast backend with a decoder")
+    decoder, named = backend.decoder.__getstate__(), tuple(tokenizer.all_special_ids)
+    return _Pieces(name, backend, decoder, named, backend.get_vocab_size())
 
 
+@functools.lru_cache(8)  # one for each tokenizer and state: tokens may be added, or made special
 class _Pieces(dict):
     """id -> bytes of the token, b"" if it is special or does not exist; filled as ids are met.
 
@@ -226,21 +201,20 @@ class _Pieces(dict):
     Metaspace, or Replace ▁ by a space: SentencePiece, where `<0x0A>` may be a byte (ByteFallback).
     """
 
-    def __init__(self, name, backend, state):
-        self.backend, self.state = backend, state
-        self.added = backend.get_added_tokens_decoder()  # id -> AddedToken
-        self.special = {i for i, t in self.added.items() if t.special or i in state[1]}
-        decoder = json.loads(state[0])
-        steps = decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
-        kinds = [step["type"] for step in steps]
+    def __init__(self, name, backend, decoder, named, size):
+        self.backend, self.added = backend, backend.get_added_tokens_decoder()  # id -> AddedToken
+        self.special = {i for i, t in self.added.items() if t.special or i in named}
         self.space, self.drops_prefix = None, False
-        for n, (kind, step) in enumerate(zip(kinds, steps)):
+        decoder = json.loads(decoder)
+        steps = decoder.get("decoders", [decoder])  # of a Sequence, or the only one
+        kinds = [step["type"] for step in steps]
+        for kind, step in zip(kinds, steps):
             if kind == "Metaspace":
                 self.space = step["replacement"]
                 self.drops_prefix = step.get("prepend_scheme", "always") != "never"
             elif kind == "Replace" and step["content"] == " ":
                 self.space = step["pattern"]["String"]
-            elif kind == "Strip" and step["start"] == 1 and "Fuse" in kinds[:n]:
+            elif kind == "Strip" and step["start"] == 1:
                 self.drops_prefix = True
             elif kind not in ("ByteLevel", "ByteFallback", "Fuse"):
                 raise ValueError(f"{name}: decoder step {step} is not known to align._Pieces")
@@ -274,10 +248,9 @@ def _byte_alphabet():
 if __name__ == "__main__":
     import sys
     from transformers import AutoTokenizer
-    names = (f"toy/cme/{role}" for role in ("generator", "verifier"))
-    generator, verifier = map(AutoTokenizer.from_pretrained, names)
     text = " ".join(sys.argv[1:]) or "Mia lives in Paris and keeps a cat."
-    (v_ids, v_spans), (ids, spans) = (spans_from_text(t, text) for t in (verifier, generator))
+    ids, spans = spans_from_text(AutoTokenizer.from_pretrained("toy/cme/generator"), text)
+    v_ids, v_spans = spans_from_text(AutoTokenizer.from_pretrained("toy/cme/verifier"), text)
     reward = align(np.full(len(v_ids), -1.0), v_spans, spans)  # every verifier token: -1 nat
     for (a, b), r in zip(spans, reward):
         print(f"[{a:6.2f}, {b:6.2f})  {r:7.3f}  {text[int(a):int(np.ceil(b))]!r}")

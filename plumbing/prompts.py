@@ -3,23 +3,19 @@
 import json
 import random
 import re
-import sys
-from itertools import islice
 
 from huggingface_hub import hf_hub_download
 
 from plumbing.files import parse_json
 
 ULTRA = "evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat"
-HEALTH = "openai/healthbench", ["2025-05-07-06-14-12_oss_eval.jsonl"]  # 5,000 conversations
 HUB = {  # name: repository on the hub, its files
     "alpaca_eval": ("tatsu-lab/alpaca_eval", ["alpaca_eval.json"]),
     "math500": ("HuggingFaceH4/MATH-500", ["test.jsonl"]),
-    "healthbench": HEALTH,  # 4,500 of them, to train on
-    "healthbench-held-out": HEALTH,  # the other 500
+    "healthbench": ("openai/healthbench", ["2025-05-07-06-14-12_oss_eval.jsonl"]),  # 4,500 rows
     "ultrafeedback": ("openbmb/UltraFeedback", [name + ".jsonl" for name in ULTRA]),
 }
-FIELDS = "prompt", "instruction", "problem"  # under which names a prompt may stand in a row
+HUB["healthbench-held-out"] = HUB["healthbench"]  # the other 500
 
 
 def messages_of(prompt) -> list:
@@ -30,114 +26,90 @@ def messages_of(prompt) -> list:
 def question_text(prompt) -> str:
     """A prompt as text: the content of a single message, else "role: content" lines."""
     messages = messages_of(prompt)
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n".join(f"{m['role']}: {m['content']}" for m in messages)
+    lines = [f"{m['role']}: {m['content']}" for m in messages]
+    return "\n".join(lines) if len(messages) > 1 else messages[0]["content"]
 
 
 def read_prompts(path: str) -> list:
-    """Prompts from a .jsonl, .json or .txt file (a prompt per line), or by a name in HUB -> dicts
-    with `prompt` (str or messages, under one of FIELDS), `where` ("file:line") and, for evaluation,
-    `facts` (list of {"right", "wrong": [...], "kind"}), `pattern` (regular expression), `answer`
-    (what belongs in \\boxed{}), `kind` (its), `rubrics` (list of {"criterion", "points"}).
-    ValueError with file and line; rows of HUB that are no prompts are left out, and it is said."""
-    repository, files = HUB.get(path, ("", [path]))
-    files = [download(path, repository, file) for file in files] if repository else files
-    rows, refused = [], []
+    """Prompts from a .jsonl, .json or .txt file (a prompt per line), or a data set of HUB -> dicts
+    with `prompt` (str or messages; or instruction, problem), `where` ("file:line"); to evaluate,
+    `facts` ([{"right", "wrong": [...], "kind"}]), `pattern` (regular expression), `answer` (what
+    belongs in \\boxed{}), `kind` (its), `rubrics` ([{"criterion", "points"}]).  ValueError with
+    file and line; of a data set, rows that are no prompts are left out, and it is said."""
+    files, rows = download(path) if path in HUB else [path], []
     for where, item in (pair for file in files for pair in items_of(file)):
         try:
             rows.append(check_row(where, item))
         except ValueError as e:
-            if not repository:
+            if path not in HUB:
                 raise
-            refused.append(str(e))
-    if refused:
-        print(f"{len(refused)} prompts are left out; {refused[0]}", file=sys.stderr)
+            print(f"left out: {e}")
     if not rows:
         raise ValueError(f"{path}: no prompts in it")
-    held_out = set(random.Random(0).sample(range(len(rows)), len(rows) // 10))
-    if path in HUB and "healthbench" in path:
-        rows = [row for i, row in enumerate(rows) if (i in held_out) == ("held-out" in path)]
+    if path in ("healthbench", "healthbench-held-out"):
+        held_out = set(random.Random(0).sample(range(len(rows)), len(rows) // 10))
+        rows = [row for i, row in enumerate(rows) if (i in held_out) == (path != "healthbench")]
     return rows
 
 
 def items_of(path: str) -> list:
     """(where, item) of all that a prompt file holds."""
-    kind = path.rpartition(".")[2]
-    if kind not in ("jsonl", "json", "txt"):
+    if not path.endswith((".jsonl", ".json", ".txt")):
         raise ValueError(f"{path}: prompts are read from .jsonl, .json or .txt files")
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as f:  # see check_row
         text = f.read()
-    if kind == "json":
+    if path.endswith(".json"):
         items = parse_json(path, text)
-        if not isinstance(items, list):
-            raise ValueError(f"{path}: a .json file of prompts must hold a list")
+        items = items if isinstance(items, list) else [items]
         return [(f"{path}: item {n}", item) for n, item in enumerate(items, 1)]
     lines = [(f"{path}:{n}", x.strip()) for n, x in enumerate(text.split("\n"), 1) if x.strip()]
-    return lines if kind == "txt" else [(at, parse_json(at, line)) for at, line in lines]
+    return lines if path.endswith(".txt") else [(at, parse_json(at, line)) for at, line in lines]
 
 
 def check_row(where: str, row) -> dict:
     """One prompt, or row with a prompt, checked and completed.  ValueError: what is wrong where."""
-
-    def need(good, what):
-        if not good:
-            raise ValueError(f"{where}: {what}")
-
-    def lists(rows, **kinds):  # a list of objects with these fields of these types
-        return isinstance(rows, list) and all(
-            isinstance(r, dict) and isinstance(r.get(name), kind)
-            for r in rows for name, kind in kinds.items())
-
     row = row if isinstance(row, dict) else {"prompt": row}
-    halves = re.search("[\\ud800-\\udfff]", json.dumps(row, ensure_ascii=False))
-    need(not halves, "half a surrogate pair is no character (or this is not UTF-8)")
-    prompt = next((row[name] for name in FIELDS if name in row), None)
-    messages, pattern, answer = messages_of(prompt), row.get("pattern"), row.get("answer")
+    prompt = next((row[k] for k in ("prompt", "instruction", "problem") if k in row), None)
     facts, rubrics = row.get("facts") or [], row.get("rubrics") or []
-    need(messages and lists(messages, role=str, content=str), "needs a `prompt` (or instruction, "
-         "problem): a string, or a list of messages with `role` and `content`")
-    need(any(m["content"].strip() for m in messages), "the prompt is empty")
-    need(lists(facts, right=str, wrong=list) and all(isinstance(value, str) for fact in facts
-         for value in fact["wrong"]), '`facts` are {"right": string, "wrong": [strings]}')
-    need(lists(rubrics, criterion=str, points=(int, float)),
-         '`rubrics` are {"criterion": string, "points": number}')
-    try:
+    pattern, kind, answer = row.get("pattern"), row.get("kind"), row.get("answer")
+    try:  # to use each in turn; if that fails, `what` says what is wrong
+        what = "half a surrogate pair is no character (or this is not UTF-8)"
+        json.dumps(row, ensure_ascii=False).encode()
+        what = 'needs a `prompt` (instruction, problem), not empty: string or [{"role", "content"}]'
+        if not "".join(m["content"] for m in messages_of(prompt) if m["role"]).strip():
+            raise ValueError
+        what = '`facts` are {"right": string, "wrong": [strings]}'
+        "".join(word for fact in facts for word in [fact["right"]] + fact["wrong"])
+        what = '`rubrics` are {"criterion": string, "points": number}'
+        "".join(r["criterion"] for r in rubrics), sum(r["points"] for r in rubrics)
+        what = "`pattern` is not a regular expression"
         re.compile(pattern or "")
-    except (re.error, TypeError, OverflowError, RecursionError) as e:
-        need(False, f"`pattern` is not a regular expression ({e})")
-    answer = str(answer) if type(answer) in (str, int, float) else None  # other people's may be any
-    return {"prompt": prompt, "where": where, "facts": facts, "pattern": pattern, "answer": answer,
-            "kind": row.get("kind"), "rubrics": rubrics}
+    except (KeyError, TypeError, ValueError, re.error):
+        raise ValueError(f"{where}: {what}") from None
+    return {"prompt": prompt, "where": where, "facts": facts, "rubrics": rubrics, "kind": kind,
+            "pattern": pattern, "answer": None if answer is None else str(answer)}
 
 
-def download(what: str, repository: str, file: str) -> str:
-    """The local path of a file of a data set on the hub.  ValueError in one line."""
+def download(name: str) -> list:
+    """The local paths of a data set's files.  ValueError in one line."""
+    repository, files = HUB[name]
     try:
-        return hf_hub_download(repository, file, repo_type="dataset")
+        return [hf_hub_download(repository, file, repo_type="dataset") for file in files]
     except Exception as e:  # no network, no access, no such file ...
-        why = " ".join(f"{e} {e.__cause__ or ''}".split())[:400] or type(e).__name__
-        raise ValueError(f"{what}: {file} of {repository} cannot be downloaded, {why}") from None
+        why = " ".join(f"{e} {e.__cause__ or ''}".split())[:400]
+        raise ValueError(f"{name}: {repository} cannot be downloaded, {why}") from None
 
 
 def with_suffix(rows: list, suffix: str) -> list:
-    """The rows with a paragraph added to the last message of their prompts."""
-    longer = []
+    """The rows, to whose prompts' last messages a paragraph is added in place."""
     for row in rows if suffix else ():
         *before, last = messages_of(row["prompt"])
-        last = last | {"content": f"{last['content']}\n\n{suffix}"}
-        longer.append(row | {"prompt": [*before, last]})
-    return longer if suffix else rows
+        row["prompt"] = [*before, last | {"content": f"{last['content']}\n\n{suffix}"}]
+    return rows
 
 
-def draw_prompts(rows, tokenizer=None, *, n: int = 5000, most_tokens: int = 512, seed: int = 0):
-    """n of the rows, drawn with a fixed seed, in their own order; with a tokenizer only prompts of
-    at most `most_tokens` (CME's draw from UltraFeedback)."""
-
-    def fits(row):
-        text = question_text(row["prompt"])
-        return len(tokenizer(text, add_special_tokens=False).input_ids) <= most_tokens
-
-    order = random.Random(seed).sample(range(len(rows)), len(rows))
-    chosen = islice((i for i in order if tokenizer is None or fits(rows[i])), n)
-    return [rows[i] for i in sorted(chosen)]
+def draw_prompts(rows: list, tokenizer, n: int = 5000, most_tokens: int = 512) -> list:
+    """CME's draw from UltraFeedback: n prompts of at most so many tokens, always the same."""
+    rows = random.Random(0).sample(rows, len(rows))
+    short = (r for r in rows if len(tokenizer.tokenize(question_text(r["prompt"]))) <= most_tokens)
+    return [row for row, _ in zip(short, range(n))]

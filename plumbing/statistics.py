@@ -1,8 +1,6 @@
 """Statistics over prompts, which the papers leave out.  None and NaN are missing: no 0, no tie."""
 
-import functools
 import math
-from collections import Counter
 
 import numpy as np
 
@@ -21,25 +19,16 @@ def win_rate(preferences) -> dict:
     [1, 1, .5, 0, None] -> win_rate .625, standard_error .2394, n 4, wins 2, ties 1, losses 1."""
     p, found = np.array(preferences, float), estimate(preferences)
     counts = {"wins": p > 0.5, "ties": p == 0.5, "losses": p < 0.5, "missing": np.isnan(p)}
-    found = {"win_rate": found.pop("score")} | found
-    return found | {name: int(of.sum()) for name, of in counts.items()}
-
-
-@functools.lru_cache(1)
-def resamples(n: int, samples: int, seed: int):
-    """How often each of n prompts is in each resample, [samples, n]: one draw for all measures."""
-    drawn = np.random.default_rng(seed).integers(max(1, n), size=(samples, n))
-    places = (drawn + n * np.arange(samples)[:, None]).ravel()
-    return np.bincount(places, minlength=samples * n).reshape(samples, n).astype(float)
+    counts = {name: int(of.sum()) for name, of in counts.items()}
+    return {"win_rate": found.pop("score"), **found, **counts}
 
 
 def bootstrap_interval(values, *, level=0.95, samples=10_000, seed=0) -> tuple[float, float]:
     """Percentile bootstrap of the mean of values [n], one per prompt; missing ones are drawn too,
     so that comparisons over the same prompts are paired.  [1, None] -> (1, 1); nothing -> NaN."""
-    v = np.array(values, float)
-    counts, had = resamples(len(v), samples, seed), ~np.isnan(v)
-    sums, n = counts @ np.where(had, v, 0), counts @ had  # [samples] each
-    means, ends = sums[n > 0] / n[n > 0], [(1 - level) / 2, (1 + level) / 2]
+    drawn = np.random.default_rng(seed).choice(np.array(values, float), (samples, len(values)))
+    n = (~np.isnan(drawn)).sum(1)  # [samples]
+    means, ends = np.nansum(drawn, 1)[n > 0] / n[n > 0], [(1 - level) / 2, (1 + level) / 2]
     return tuple(np.quantile(means, ends).tolist()) if len(means) else (math.nan, math.nan)
 
 
@@ -60,15 +49,14 @@ def cohen_kappa(a, b) -> float:
     """(p_o - p_e) / (1 - p_e), agreement beyond chance of labels a, b [n], None = missing; NaN if
     p_e = 1.  20 pairs yy, 5 yn, 10 ny, 15 nn: p_o .7, p_e .5 -> .4."""
     pairs = [(x, y) for x, y in zip(a, b, strict=True) if None not in (x, y)]
-    n, in_a, in_b = len(pairs), Counter(x for x, _ in pairs), Counter(y for _, y in pairs)
-    equal, chance = sum(x == y for x, y in pairs), sum(in_a[x] * in_b[x] for x in in_a)
+    a, b, n = [x for x, _ in pairs], [y for _, y in pairs], len(pairs)
+    equal, chance = sum(x == y for x, y in pairs), sum(a.count(x) * b.count(x) for x in set(a))
     return (n * equal - chance) / (n * n - chance) if n * n > chance else math.nan
 
 
 def agreement(a, b) -> dict:
-    """Two judges' preferences [n]: share of equal labels (win, tie, loss) and kappa over all that
-    both judged, and over what neither calls a tie (`decided`).
-    [1, .9, 0, .5, 1, None], [.8, .6, .3, 1, 0, 1] -> n 5, agreement .6, kappa .2857, decided 4."""
+    """Two judges' preferences [n]: share of equal labels (win, tie, loss), kappa; both without ties
+    too.  [1, .9, 0, .5, 1, None], [.8, .6, .3, 1, 0, 1] -> n 5, .6, .2857; decided 4, .75, .5."""
     signs, out = np.sign(np.array([a, b], float) - 0.5), {}
     for n, prefix, had in (("n", "", ~np.isnan(signs)), ("decided", "decided_", signs**2 == 1)):
         x, y = signs[:, had.all(0)].tolist()

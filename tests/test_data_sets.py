@@ -1,5 +1,4 @@
 """Data sets by name: downloaded by huggingface_hub from a hub on this machine, cached, read, drawn from; and what is said when they cannot be had."""
-import collections
 import hashlib
 import json
 import os
@@ -167,7 +166,7 @@ def test_health_benchs_split(tmp_path, monkeypatch):
     """4,500 conversations to train on and 500 others, from everywhere in the file, in its order; the same ones each time."""
     path = tmp_path / "health.jsonl"
     path.write_text("".join(json.dumps(HEALTH[1] | {"prompt": f"{i}"}) + "\n" for i in range(5000)))
-    monkeypatch.setattr(prompts, "download", lambda *_: str(path))
+    monkeypatch.setattr(prompts, "download", lambda _: [str(path)])
     train, held_out = ([int(row["prompt"]) for row in prompts.read_prompts(name)] for name in ("healthbench", "healthbench-held-out"))
     assert (len(train), len(held_out)) == (4500, 500) and sorted(train + held_out) == list(range(5000))
     assert train == sorted(train) and held_out == sorted(held_out) and held_out[:5] == [0, 1, 9, 12, 19]
@@ -180,13 +179,13 @@ def test_health_benchs_split(tmp_path, monkeypatch):
     ("forbidden", "math500", "test.jsonl", "403"), ("failing", "math500", "test.jsonl", "503"), ("no hub", "math500", "test.jsonl", "X-Repo-Commit"),
     ("cut", "ultrafeedback", "truthful_qa.jsonl", "closed connection"), ("gone", "math500", "test.jsonl", "refused")])
 def test_a_data_set_that_cannot_be_had(hub, command, tmp_path, trouble, name, file, said):
-    """One line names data set, file and reason; nothing is left, and the same command goes through once the hub is well."""
+    """One line names data set, repository and reason; nothing is left, and the same command goes through once the hub is well."""
     hub.troubles[file], folder = trouble, tmp_path / "new"
     hub.close() if trouble == "gone" else None
     for program, *arguments in (["train.py", "--prompts", name, "--output_dir", folder], respond(name, folder)):
         status, out, err = command(program, *arguments)
         assert status == 2 and len(err.splitlines()) == 1, err
-        assert err.startswith(f"{program}: {name}: {file} of {SETS[name][0]} cannot be downloaded, ") and said in err and len(err) < 600
+        assert err.startswith(f"{program}: {name}: {SETS[name][0]} cannot be downloaded, ") and said in err and len(err) < 600
         assert not folder.exists()
     assert not list(command.home.rglob("*.incomplete")) and not list(command.home.rglob(f"snapshots/*/{file}"))
     hub.troubles.clear()
@@ -196,30 +195,32 @@ def test_a_data_set_that_cannot_be_had(hub, command, tmp_path, trouble, name, fi
     assert status == 0 and lines(folder / "models/base/responses.jsonl"), err
 
 
-def slow_draw(texts, tokenizer, n, most_tokens=512, seed=0):
-    """The obvious way: all are shuffled and measured, the first n that fit -> the numbers of the drawn prompts, in order."""
-    order = random.Random(seed).sample(range(len(texts)), len(texts))
-    return sorted([i for i in order if tokenizer is None or len(tokenizer.tokenize(texts[i])) <= most_tokens][:n])
+def slow_draw(texts, tokenizer, n, most_tokens):
+    """The obvious way: all are shuffled and measured, the first n that fit -> the numbers of the drawn prompts."""
+    order = random.Random(0).sample(range(len(texts)), len(texts))
+    return [i for i in order if len(tokenizer(texts[i], add_special_tokens=False).input_ids) <= most_tokens][:n]
 
 
-@pytest.mark.parametrize("n, most_tokens, seed", [(5, 512, 0), (5, 9, 0), (5, 9, 1), (1, 6, 3), (1000, 9, 0), (1000, 512, 2), (4, 0, 0)])
-def test_draw(n, most_tokens, seed):
-    """Against the obvious way, and for what can be said of any draw: in order, none twice, only what fits, as many as asked or all."""
+@pytest.mark.parametrize("n, most_tokens", [(5, 512), (5, 9), (1, 6), (1000, 9), (1000, 512), (4, 0)])
+def test_draw(n, most_tokens):
+    """Against the obvious way, and for what can be said of any draw: none twice, only what fits, as many as asked or all."""
     tokenizer = AutoTokenizer.from_pretrained(TOY)
     texts = ["Tell me about " + "Ada " * (i % 7 + 1) + str(i) for i in range(40)]                          # of 6 to 13 tokens
     rows = [{"prompt": text if i % 2 else [{"role": "user", "content": text}]} for i, text in enumerate(texts)]
-    got = [rows.index(row) for row in prompts.draw_prompts(rows, tokenizer, n=n, most_tokens=most_tokens, seed=seed)]
-    fitting = [i for i, text in enumerate(texts) if len(tokenizer.tokenize(text)) <= most_tokens]
-    assert got == slow_draw(texts, tokenizer, n, most_tokens, seed) == sorted(set(got) & set(fitting)) and len(got) == min(n, len(fitting))
+    got = [rows.index(row) for row in prompts.draw_prompts(rows, tokenizer, n, most_tokens)]
+    fitting = {i for i, text in enumerate(texts) if len(tokenizer.tokenize(text)) <= most_tokens}
+    assert got == slow_draw(texts, tokenizer, n, most_tokens) and set(got) <= fitting and len(set(got)) == len(got) == min(n, len(fitting))
 
 
 def test_draw_is_fixed_and_fair(command):
-    """Another process draws the same; over seeds each row comes up equally often; the first n are nothing special."""
-    rows = list(range(20))
-    assert prompts.draw_prompts(rows, n=6) == json.loads(command("", "prompts.draw_prompts(list(range(20)), n=6)")[1]) == [1, 6, 8, 12, 13, 15]
-    counts = collections.Counter(i for seed in range(2000) for i in prompts.draw_prompts(rows, n=6, seed=seed))
-    assert all(abs(counts[i] - 600) < 5 * (2000 * 0.3 * 0.7) ** 0.5 for i in rows)
-    assert len(prompts.draw_prompts(list(range(6000)))) == 5000               # CME's number
+    """Another process draws the same, from everywhere in the file; CME's number."""
+    class Words:
+        tokenize = staticmethod(str.split)
+    rows = [{"prompt": str(i)} for i in range(6000)]
+    got = [int(row["prompt"]) for row in prompts.draw_prompts(rows, Words)]
+    assert len(set(got)) == len(got) == 5000 and all(380 < sum(a <= i < a + 500 for i in got) < 450 for a in range(0, 6000, 500))
+    expression = f"[row['prompt'] for row in prompts.draw_prompts([{{'prompt': str(i)}} for i in range(6000)], __import__('transformers').AutoTokenizer.from_pretrained({TOY!r}))]"
+    assert list(map(int, json.loads(command("", expression)[1]))) == got
 
 
 @pytest.mark.parametrize("suffix", ["", "Put your final answer in \\boxed{}."])

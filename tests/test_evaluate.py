@@ -151,9 +151,10 @@ def test_rows_of_other_peoples_data_sets(tmp_path, capsys, monkeypatch):
     """There a row that is no prompt is left out, and said so; in one's own file it is an error."""
     path = str(tmp_path / "p.jsonl")
     (tmp_path / "p.jsonl").write_text('{"instruction": "a"}\n{"instruction": " "}\n{"text": "b"}\n{"instruction": "c"}\n')
-    monkeypatch.setattr(prompts, "download", lambda *_: path)
+    monkeypatch.setattr(prompts, "download", lambda _: [path])
     assert [r["prompt"] for r in prompts.read_prompts("math500")] == ["a", "c"]
-    assert capsys.readouterr().err == f"2 prompts are left out; {path}:2: the prompt is empty\n"
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[:2] for line in said] == [["left out", f"{path}:2"], ["left out", f"{path}:3"]] and "not empty" in said[0]
     with pytest.raises(ValueError, match="p.jsonl:2"):
         prompts.read_prompts(path)
 

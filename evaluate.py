@@ -94,12 +94,11 @@ def read_options(respond: bool) -> Options:
     [o] = parser.parse_args_into_dataclasses()
     o.output_dir, o.judge = folder, named("--judge", o.judge)
     o.models = answered | {name: run_of(path)[0] for name, path in models.items()}
-    all_pairs = [(y, x) for x, y in combinations(o.models, 2)]
-    o.pairs = [spec.split(":") for spec in o.pairs] or all_pairs
+    pairs = [spec.split(":") for spec in o.pairs]
+    o.pairs = pairs or [(y, x) for x, y in combinations(o.models, 2)]
     for name, value in (saved | answered).items():
         if value not in (o.models.get(name), getattr(o, name, None)):
-            raise ValueError(f"{folder} holds an evaluation with {name} {value}; for another one "
-                             "give another --output_dir")
+            raise ValueError(f"{folder} is with {name} {value}: give another --output_dir")
     if not (o.prompts and o.models and (respond or answered)):
         raise ValueError(f"{folder} holds no responses: respond first, with --models and --prompts")
     if not all(len({*pair} & {*o.models}) == 2 for pair in o.pairs):
@@ -194,20 +193,18 @@ def read_preference(reply):
         return None
 
 
-def tasks_of(rows: list, texts: dict, seed: int = 0) -> dict:
+def tasks_of(rows: list, texts: dict, pairs: list, seed: int = 0) -> dict:
     """{(number of the prompt, names shown, number of the criterion or None): what a judge is asked}
     for every criterion and response, else for every pair, where all is answered.  Who is shown
     first is drawn by seed, pair and prompt."""
     tasks, rubrics = {}, any(row["rubrics"] for row in rows)
-    for names in combinations(sorted(texts), 1 if rubrics else 2):
+    for names in [(name,) for name in texts] if rubrics else map(sorted, pairs):
         for i, row in enumerate(rows):
-            shown = tuple(random.Random(repr((seed, names, i))).sample(names, len(names)))
+            shown = tuple(random.Random(repr((seed, *names, i))).sample(names, len(names)))
             question, said = question_text(row["prompt"]), [texts[name][i] for name in shown]
-            if None in said:
-                continue
-            for k, c in enumerate(row["rubrics"]):
+            for k, c in enumerate(row["rubrics"] if None not in said else ()):
                 tasks[i, shown, k] = cat.judge_prompt(*said, c["criterion"], question)
-            if not rubrics:
+            if not rubrics and None not in said:
                 blocks = [cat.block("response", text, letter) for text, letter in zip(said, "AB")]
                 tasks[i, shown, None] = cat.ask(PAIRWISE, cat.block("question", question), *blocks)
     return tasks
@@ -223,11 +220,10 @@ def judge(o: Options, name: str, tasks: dict):
     """Appends to judges/NAME.jsonl the verdicts that are missing there and can be had.
     ConnectionError: the server fails."""
     path, who = f"{o.output_dir}/judges/{name}.jsonl", run_of(o.judge[name])[0]
-    known, pairs = read_judgements(o, name), [{*pair} for pair in o.pairs]
+    known = read_judgements(o, name)
     if {j["judge"] for j in known.values()} - {who}:
         raise ValueError(f"{path} holds judgements by another judge: give this one another name")
-    todo = {asked: (i, shown, k) for (i, shown, k), asked in tasks.items()
-            if asked not in known and (k is not None or {*shown} in pairs)}
+    todo = {asked: task for task, asked in tasks.items() if asked not in known}
     if not todo:
         return
     key = os.environ.get(re.sub(r"\W", "_", name).upper() + "_API_KEY")
@@ -240,13 +236,12 @@ def judge(o: Options, name: str, tasks: dict):
         for asked, verdict in zip(part, found):
             if verdict is not None:
                 verdict, reason = verdict if pairwise else (verdict, "")
-                (i, shown, k), said = todo[asked], {"verdict": verdict, "reason": reason}
-                task = {"index": i, "shown": shown, "criterion": k, "judge": who, "ask": asked}
-                append_line(path, task | said)
+                task = dict(zip(("index", "shown", "criterion"), todo[asked]))
+                append_line(path, task | {"judge": who, "ask": asked, "verdict": verdict,
+                                          "reason": reason})
         missing += found.count(None)
         if model.failures >= PART:
-            raise ConnectionError(f"--judge {name}: no answer {model.failures} times in a row, "
-                                  + model.last_error)
+            raise ConnectionError(f"--judge {name}: no answer {PART} times, {model.last_error}")
     if missing:
         print(f"evaluate.py: {missing} verdicts of --judge {name} could not be had; the same "
               f"command asks again. {model.last_error}", file=sys.stderr)
@@ -301,12 +296,12 @@ def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
                 compared.append(of | compare(found, x, y, values))
     for a, b in combinations(judges, 2):
         both = defaultdict(list)
-        for task in (task for task in judges[a] if task in judges[b]):
-            on = ":".join(sorted(task[1])) if task[2] is None else "criteria"
-            p = [preference(judges[name][task], task[1], min(task[1])) for name in (a, b)]
-            both[on].append(p)
-        for on, p in both.items():
-            agreed.append({"judges": f"{a}:{b}", "on": on} | agreement(*zip(*p)))
+        for i, shown, k in judges[a].keys() & judges[b].keys():
+            verdicts = [judges[name][i, shown, k] for name in (a, b)]
+            on = ":".join(sorted(shown)) if k is None else "criteria"
+            both[on].append([preference(v, shown, min(shown)) for v in verdicts])
+        for on in sorted(both):
+            agreed.append({"judges": f"{a}:{b}", "on": on} | agreement(*zip(*both[on])))
     return finite({"means": means, "differences": differences, "pairs": compared,
                    "agreement": agreed})
 
@@ -333,15 +328,15 @@ def answers(model, estimator: str, rows: list, o: Options, seed: int) -> list:
     if not estimator:
         replies = model.replies(prompts, temperature=o.temperature, seed=seed, **settings)
         return [reply for [reply] in replies]
-    rollouts = model.complete(
-        prompts, n=o.group_size, temperature=o.temperature or 1.0, seed=seed, **settings)
+    rollouts = model.complete(prompts, n=o.group_size, temperature=o.temperature or 1.0,
+                              seed=seed, **settings)
     had = [i for i, group in enumerate(rollouts) if None not in group]
-    settings |= {"temperature": o.temperature, "seed": seed + 1}
     style = "freeform" if rows[0]["answer"] is None else "stepwise"
-    reconcile = cat.estimators(model, style=style, **settings)[estimator]
-    found = reconcile([prompts[i] for i in had], [rollouts[i] for i in had])
-    texts = dict(zip(had, found))
-    return [Reply(texts.get(i), stopped=True) for i in range(len(rows))]
+    reconcile = cat.estimators(model, style=style, temperature=o.temperature, seed=seed + 1,
+                               **settings)[estimator]
+    texts = reconcile([prompts[i] for i in had], [rollouts[i] for i in had])
+    found = {i: Reply(text, stopped=True) for i, text in zip(had, texts)}
+    return [found.get(i, Reply()) for i in range(len(rows))]
 
 
 def respond(o: Options, name: str, rows: list):
@@ -350,8 +345,8 @@ def respond(o: Options, name: str, rows: list):
     folder, fixed = f"{o.output_dir}/models/{name}", {k: getattr(o, k) for k in FIXED}
     done = len(list(read_lines(f"{folder}/responses.jsonl", mend=True)))
     if done < len(rows):
-        estimator = re.match(f"({'|'.join(cat.estimators(None))}):|", o.models[name])[0]
-        path = o.models[name].removeprefix(estimator)
+        estimator = re.match(f"(?:({'|'.join(cat.estimators(None))}):)?", o.models[name])
+        path = o.models[name][estimator.end() :]
         model = LocalModel(*load(f"--models {name}", path, pick_device(o.device)),
                            batch_tokens=o.batch_tokens)
         path = f"{o.output_dir}/evaluation.json"
@@ -359,11 +354,9 @@ def respond(o: Options, name: str, rows: list):
         write_atomically(path, json.dumps({"models": models, **fixed}))
         os.makedirs(folder, exist_ok=True)
         for i in progress(range(done // PART * PART, len(rows), PART), desc=name):
-            seed = o.seed * 1_000_003 + i
-            replies = answers(model, estimator[:-1], rows[i : i + PART], o, seed)
-            for k, reply in enumerate(replies, i):
-                if k >= done:
-                    append_line(f"{folder}/responses.jsonl", {"index": k, **reply._asdict()})
+            replies = answers(model, estimator[1], rows[i : i + PART], o, 2 * (o.seed + i))
+            for k, reply in list(enumerate(replies, i))[max(0, done - i) :]:
+                append_line(f"{folder}/responses.jsonl", {"index": k, **reply._asdict()})
     outputs = [{"instruction": question_text(row["prompt"]), "output": r["response"],
                 "generator": name} for row, r in zip(rows, read_responses(o, name, len(rows)))
                if r["response"] is not None]
@@ -399,7 +392,7 @@ def main():
         gc.collect()  # one model in memory at a time
     responses = {name: read_responses(o, name, len(rows)) for name in o.models}
     texts = {name: [r["response"] for r in answers] for name, answers in responses.items()}
-    tasks = tasks_of(rows, texts, o.seed)
+    tasks = tasks_of(rows, texts, o.pairs, o.seed)
     for name in o.judge if "judge" in stages else ():
         judge(o, name, tasks)
     if "report" in stages:

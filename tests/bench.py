@@ -183,7 +183,7 @@ def judging():
                 resident.append(int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
         evaluate.append_line, times = append, []
         responses = {name: evaluate.read_responses(o, name, 805) for name in names}
-        tasks = evaluate.tasks_of(rows, {name: [r["response"] for r in answers] for name, answers in responses.items()})
+        tasks = evaluate.tasks_of(rows, {name: [r["response"] for r in answers] for name, answers in responses.items()}, pairs)
         for stage in (lambda: [evaluate.judge(o, name, tasks) for name in o.judge], lambda: [evaluate.judge(o, name, tasks) for name in o.judge],
                       lambda: evaluate.report(o, rows, responses, tasks)):
             start = time.perf_counter(), time.process_time()

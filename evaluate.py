@@ -40,9 +40,8 @@ FIXED = "prompts", "suffix", "max_new_tokens", "temperature", "group_size", "see
 
 @dataclass
 class Options:
-    models: list[str] = option(
-        [], "NAME=MODEL ...: a folder, a hub name or a run of train.py; NAME=ESTIMATOR:MODEL, as "
-        "synthesis:MODEL: what cat.py's estimator makes of G answers of the model")
+    models: list[str] = option([], "NAME=MODEL ...: a folder, a hub name, a run of train.py, or, "
+                               "as synthesis:MODEL, what an estimator of CaT makes of G answers")
     prompts: str = option("", "a file, or alpaca_eval, math500, ...; empty: the run's own")
     suffix: str = option("", "a paragraph added to each prompt")
     max_new_tokens: int = option(1024, "longest response, in the model's tokens")
@@ -51,8 +50,7 @@ class Options:
     seed: int = option(0, "of sampling and of the order in which a pair is shown")
     batch_tokens: int = option(0, "tokens of a batch, prompts included; 0: what suits the device")
     judge: list[str] = option([], "NAME=MODEL@URL ... (its key in NAME_API_KEY), or NAME=MODEL")
-    pairs: list[str] = option(
-        [], "NAME:NAME ..., the first over the second; empty: all, the later over the earlier")
+    pairs: list[str] = option([], "NAME:NAME ..., one over another; empty: all, later over earlier")
     judge_tokens: int = option(1024, "longest reply of a judge, its thoughts included")
     output_dir: str = option("", "the folder; empty: inside the run among the models")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
@@ -120,7 +118,7 @@ def wording(text: str, row: dict) -> str:
     words = {v for f in row["facts"] for v in (f["right"], *f["wrong"])}
     words |= set(re.findall(r"\b[A-Z]\w+", question_text(row["prompt"])))
     words = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
-    return re.sub(rf"(?<!\w)(?:{words})(?!\w)", "_", text) if words else text
+    return re.sub(rf"(?<!\w)(?:{words})(?!\w)", "_", text)
 
 
 def measures(rows: list, texts: list, stopped: list) -> dict:
@@ -181,15 +179,15 @@ counts. Reply with one line of JSON and nothing else: {"verdict": "A" or "B" or 
 
 
 def read_preference(reply):
-    """(verdict, reason) if a reply, after a closed thought, is the JSON that was asked for, in a
+    """The JSON that was asked for, if a reply, after a closed thought, is that and no more, in a
     code fence or not; else None: of 'A', and of '{"verdict": "C", "reason": ""}'."""
     text = cat.reply_text(reply).strip()
     fence = re.fullmatch(r"```(?:json)?(.*)```", text, re.S)
     try:
         found = json.loads(fence[1] if fence else text)
-        if found.keys() == {"verdict", "reason"} and found["verdict"] in ("A", "B", "tie"):
-            return found["verdict"], " ".join(found["reason"].split())
-    except (ValueError, AttributeError, RecursionError):
+        good = found["verdict"] in ("A", "B", "tie") and isinstance(found["reason"], str)
+        return found if good and len(found) == 2 else None
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None
 
 
@@ -228,17 +226,16 @@ def judge(o: Options, name: str, tasks: dict):
         return
     key = os.environ.get(re.sub(r"\W", "_", name).upper() + "_API_KEY")
     model = text_model(f"--judge {name}", who, pick_device(o.device), key=key)
-    asks, pairwise, missing = [*todo], None in next(iter(todo.values())), 0
+    asks, missing, pairwise = [*todo], 0, None in next(iter(todo.values()))
     read = read_preference if pairwise else cat.read_verdict
     for n in progress(range(0, len(asks), PART), desc=f"{name}, {PART} at a time"):
         part = asks[n : n + PART]
         found = cat.decide(part, model, read=read, max_new_tokens=o.judge_tokens)
         for asked, verdict in zip(part, found):
             if verdict is not None:
-                verdict, reason = verdict if pairwise else (verdict, "")
+                said = verdict if pairwise else {"verdict": verdict}
                 task = dict(zip(("index", "shown", "criterion"), todo[asked]))
-                append_line(path, task | {"judge": who, "ask": asked, "verdict": verdict,
-                                          "reason": reason})
+                append_line(path, task | {"judge": who, "ask": asked} | said)
         missing += found.count(None)
         if model.failures >= PART:
             raise ConnectionError(f"--judge {name}: no answer {PART} times, {model.last_error}")
@@ -273,9 +270,9 @@ def compare(found: dict, x: str, y: str, values: dict) -> dict:
     lengths = [values[name]["characters"] for name in (x, y)]
     p = [preference(*found.get(i, (None, ())), x) for i in range(len(lengths[0]))]
     first = estimate([preference(verdict, "A", "A") for verdict, _ in found.values()])
-    return {**win_rate(p), "p": sign_permutation(np.array(p, float) - 0.5),
-            "length_controlled": length_controlled_win_rate(p, *lengths),
-            **{f"first_shown_{k}": first[k] for k in ("score", "low", "high")}}
+    first = {f"first_shown_{k}": first[k] for k in ("score", "low", "high")}
+    return win_rate(p) | {"p": sign_permutation(np.array(p, float) - 0.5),
+                          "length_controlled": length_controlled_win_rate(p, *lengths)} | first
 
 
 def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
@@ -291,9 +288,8 @@ def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
             differences.append(of | estimate(d) | {"p": sign_permutation(d)})
         for name, known in judges.items():
             found = {i: (v, shown) for (i, shown, _), v in known.items() if {*shown} == {x, y}}
-            if found:
-                of = {"pair": f"{x}:{y}", "judge": name}
-                compared.append(of | compare(found, x, y, values))
+            of = {"pair": f"{x}:{y}", "judge": name}
+            compared += [of | compare(found, x, y, values)] if found else []
     for a, b in combinations(judges, 2):
         both = defaultdict(list)
         for i, shown, k in judges[a].keys() & judges[b].keys():
@@ -302,8 +298,8 @@ def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
             both[on].append([preference(v, shown, min(shown)) for v in verdicts])
         for on in sorted(both):
             agreed.append({"judges": f"{a}:{b}", "on": on} | agreement(*zip(*both[on])))
-    return finite({"means": means, "differences": differences, "pairs": compared,
-                   "agreement": agreed})
+    parts = {"means": means, "differences": differences, "pairs": compared, "agreement": agreed}
+    return finite(parts)
 
 
 def markdown(report: dict) -> str:

@@ -48,15 +48,13 @@ ESTIMATORS = Literal["synthesis", "majority", "best-of-n", "min-perplexity",
 @dataclass
 class Options:
     reward: REWARDS = option(
-        "cme", "cme: per token (CME, Eq. 1); cme-sequence: per response (Eq. 3); reverse-kl: this "
-        "less the policy's own mean log-probability; rent: minus the policy's mean entropy; cat: "
-        "share of the criteria of a rubric made from the reference (CaT, Eq. 3-4); cat-answer: the "
-        "same final answer (Eq. 2); cat-match: judged the same as it; rubric-given: the prompts' "
-        "own rubrics; cat-sft: no reward, cross-entropy on references made once (Eq. 12)")
+        "cme", "cme: per token (CME, Eq. 1); cme-sequence: per response (Eq. 3); reverse-kl: less "
+        "log pi; rent: minus the policy's entropy; cat: rubric from the reference (CaT, Eq. 3-4); "
+        "cat-answer: same answer (Eq. 2); cat-match: judged the same; rubric-given: the prompts' "
+        "rubrics; cat-sft: no reward, cross-entropy on references made once (Eq. 12)")
     credit: Literal["token", "word"] = option("token", "cme: the paper's, or the whole word's")
     generator: str = option("", "model to train, a folder or a hub name; empty: the toy's")
-    verifier: str = option(
-        f"{TOY}/cme/verifier", "CME: frozen model that scores; random:MODEL: with random weights")
+    verifier: str = option(f"{TOY}/cme/verifier", "CME: scores; random:MODEL: random weights")
     estimator: ESTIMATORS = option("synthesis", "CaT: how rollouts become a reference")
     anchor: str = option("", "CaT: writes references and rubrics; empty: the initial policy")
     judge: str = option("", "CaT: a model or MODEL@URL (JUDGE_API_KEY); empty: the anchor")
@@ -77,8 +75,7 @@ class Options:
     warmup_steps: int = option(5, "steps of linear warm-up")
     schedule: Literal["cosine", "constant"] = option("cosine", "of lr, after the warm-up")
     beta: float = option(0.02, "weight of the KL to the initial policy; 0: it is not loaded")
-    kl_in: Literal["loss", "reward"] = option(
-        "loss", "k3 at every token; or R = r - beta sum_t log(pi_old / pi_ref), per response")
+    kl_in: Literal["loss", "reward"] = option("loss", "k3 per token; or r - beta log(pi / pi_ref)")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low")
     clip_high: float = option(0.2, "and above 1 + clip_high")
     scale: bool = option(True, "divide advantages by the group's deviation, or only centre them")
@@ -192,13 +189,11 @@ def add_references(run: Run):
     for i in range(len(made), len(run.rows), 64):
         rows, seed = run.rows[i : i + 64], 8 * (o.seed * 1_000_003 + i)
         _, told = cat_rewards(run, rows, initial_rollouts(run, rows, seed), seed + 1)
-        for row, reference in zip(rows, told["reference"]):
-            made.append({"prompt": row["prompt"], "reference": reference})
+        made += [row | {"reference": s} for row, s in zip(rows, told["reference"])]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in made))
     if [row["prompt"] for row in made] != [row["prompt"] for row in run.rows]:
         raise ValueError(f"{path} has references of other prompts: start a new run")
-    run.rows = [row | {"reference": s["reference"]} for row, s in zip(run.rows, made)
-                if s["reference"]]
+    run.rows = [row for row in made if row["reference"]]
 
 
 def step_rewards(run: Run, rows: list, prompt_ids, ids, lengths, seed: int):

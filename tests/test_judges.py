@@ -94,12 +94,12 @@ def expected(folder, x, y):
 # ---------------------------------------------------------------- verdicts
 
 @pytest.mark.parametrize("reply, read", [
-    (verdict("A"), ("A", "Because.")), (verdict("B", ""), ("B", "")), (' {"reason": "Two\\n lines.", "verdict": "tie"}\n', ("tie", "Two lines.")),
+    (verdict("A"), ("A", "Because.")), (verdict("B", ""), ("B", "")), (' {"reason": "Two\\n lines.", "verdict": "tie"}\n', ("tie", "Two\n lines.")),
     ("```json\n" + verdict("A") + "\n```", ("A", "Because.")), ("```\n" + verdict("B") + "\n```", ("B", "Because.")),
     ("<think>A? No: " + verdict("A") + "</think>\n" + verdict("B"), ("B", "Because.")),
     (verdict("A", "Verdict: B. " + verdict("B")), ("A", "Verdict: B. " + verdict("B")))])
 def test_verdicts_that_are_read(reply, read):
-    assert evaluate.read_preference(reply) == read
+    assert evaluate.read_preference(reply) == dict(zip(("verdict", "reason"), read))
 
 
 @pytest.mark.parametrize("reply", [

@@ -143,11 +143,6 @@ def spans_from_text(tokenizer, text):
     return encoding.input_ids, _spans_by_offsets(text, parts, encoding.offset_mapping)
 
 
-def special_ids(tokenizer):
-    """The ids that are not text: added tokens flagged special, or named as eos, pad, ... -> set."""
-    return set(_pieces(tokenizer).special)
-
-
 def _spans_of_bytes(parts, drop_prefix=False):
     """Bytes of tokens [T] -> text (less a first space), spans [T, 2]: bytes share characters."""
     raw, upto = b"".join(parts), np.cumsum([0] + [len(part) for part in parts])  # [T + 1] bytes
@@ -178,9 +173,9 @@ def _spans_by_offsets(text, parts, offsets):
     """
     begin = np.maximum.accumulate([start for start, _ in offsets])  # [N] NFC may reorder characters
     begin[:1] = 0
-    held = np.cumsum([0] + [len(part) or 1 for part in parts])  # [N + 1] bytes; an unknown one: 1
+    upto = np.cumsum([0] + [len(part) or 1 for part in parts])  # [N + 1] bytes; an unknown one: 1
     place, first = np.unique(begin, return_index=True)  # where tokens begin, the first that does
-    edge = np.interp(held, held[[*first, -1]], [*place, len(text)])  # [N + 1]
+    edge = np.interp(upto, upto[[*first, -1]], [*place, len(text)])  # [N + 1]
     return np.stack([edge[:-1], edge[1:]], axis=1)
 
 
@@ -246,11 +241,13 @@ def _byte_alphabet():
 
 
 if __name__ == "__main__":
+    import os
     import sys
     from transformers import AutoTokenizer
     text = " ".join(sys.argv[1:]) or "Mia lives in Paris and keeps a cat."
-    ids, spans = spans_from_text(AutoTokenizer.from_pretrained("toy/cme/generator"), text)
-    v_ids, v_spans = spans_from_text(AutoTokenizer.from_pretrained("toy/cme/verifier"), text)
+    toy = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy", "cme")
+    ids, spans = spans_from_text(AutoTokenizer.from_pretrained(f"{toy}/generator"), text)
+    v_ids, v_spans = spans_from_text(AutoTokenizer.from_pretrained(f"{toy}/verifier"), text)
     reward = align(np.full(len(v_ids), -1.0), v_spans, spans)  # every verifier token: -1 nat
     for (a, b), r in zip(spans, reward):
         print(f"[{a:6.2f}, {b:6.2f})  {r:7.3f}  {text[int(a):int(np.ceil(b))]!r}")

@@ -24,11 +24,10 @@ from functools import partial
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from plumbing import one_clear_line, one_line
+from plumbing import TOY, one_clear_line, one_line
 from plumbing.models import pick_device, text_model
 from plumbing.prompts import question_text
 
-TOY = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy", "cat")
 SYNTHESIS = {
     "freeform": """Several answers to one and the same question follow, each between <response> \
 and </response>. They were written independently and may contradict each other. Write the one \
@@ -76,18 +75,18 @@ def block(tag: str, text: str, number=None) -> str:
     return f"<{tag}{numbered}>\n{inside}\n</{tag}>"
 
 
-def ask(instruction: str, *blocks) -> str:
-    return "\n".join([instruction + "\n", *filter(None, blocks)])
+def ask(instruction: str, *blocks, question=None) -> str:
+    first = [block("question", question)] if question else []
+    return "\n".join([instruction + "\n", *first, *blocks])
 
 
 def synthesis_prompt(responses: list, style: str = "freeform", question=None) -> str:
-    first = question and block("question", question)
-    return ask(SYNTHESIS[style], first, *[block("response", y) for y in responses])
+    return ask(SYNTHESIS[style], *[block("response", y) for y in responses], question=question)
 
 
-def judge_prompt(response: str, criterion: str, question: str = "") -> str:
-    first = question and block("question", question)
-    return ask(JUDGE, first, block("response", response), block("criterion", criterion))
+def judge_prompt(response: str, criterion: str, question=None) -> str:
+    blocks = block("response", response), block("criterion", criterion)
+    return ask(JUDGE, *blocks, question=question)
 
 
 # Reference estimators: (prompts, rollouts [P][G], ...) -> P texts
@@ -112,10 +111,9 @@ def majority_vote(prompts: list, rollouts: list) -> list:
 
 def best_of_n(prompts: list, rollouts: list, model, *, max_new_tokens: int = 512) -> list:
     """Self-BoN: the anchor, given the question, names the best rollout by its number."""
-    asks = [ask(BEST, block("question", question_text(prompt)),
-                *[block("response", y, g) for g, y in enumerate(group, 1)])
-            for prompt, group in zip(prompts, rollouts)]
-    read = partial(read_number, n=len(rollouts[0]))
+    asks = [ask(BEST, *[block("response", y, g) for g, y in enumerate(group, 1)],
+                question=question_text(prompt)) for prompt, group in zip(prompts, rollouts)]
+    read = partial(read_number, n=max(map(len, rollouts), default=0))
     numbers = decide(asks, model, read=read, max_new_tokens=max_new_tokens)
     return [n and group[n - 1] for n, group in zip(numbers, rollouts)]
 
@@ -207,11 +205,6 @@ def answer_key(text) -> str:
     return normal_answer(boxed_answer(reply_text(text)) or "")
 
 
-def same_answer(a: str | None, b: str | None) -> bool:
-    """Whether two answers have one key; no answer is the same as none."""
-    return normal_answer(a or "") == normal_answer(b or "") != ""
-
-
 def answer_rewards(rollouts: list, references: list) -> torch.Tensor:
     """Eq. 2: 1 if answer(o) = answer(s), else 0 -> [B] float32.  NaN for a whole group where the
     reference has no answer.  Answers (7, none, 8), the reference's 7 -> 1, 0, 0."""
@@ -269,6 +262,8 @@ def decide(asks: list, model, *, read=read_verdict, max_new_tokens: int = 512) -
             missing = [x for x in found if found[x] is None]
             replies = model.complete(missing, **settings) if missing else []
             found |= {x: read(reply) for x, [reply] in zip(missing, replies)}
+            if unread := [reply for x, [reply] in zip(missing, replies) if found[x] is None]:
+                model.last_error = model.last_error or f"it wrote {one_line(unread[0])[:99]!r}"
     return tree_unflatten([found.get(x) for x in flat], shape)
 
 
@@ -337,7 +332,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("prompt")
-    add("--model", default=os.path.join(TOY, "model"), help="writes answers, reference and rubric")
+    add("--model", default=f"{TOY}/cat/model", help="writes answers, reference and rubric")
     add("--judge", default="", help="a folder, a hub name or MODEL@URL; empty: the model itself")
     add("--estimator", default="synthesis", choices=estimators(None), help="of the reference")
     add("--style", default="freeform", choices=SYNTHESIS, help="stepwise: with a final answer")

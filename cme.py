@@ -14,7 +14,7 @@ Deliberate departures from the paper:
 import numpy as np
 import torch
 
-from align import align, spans_from_ids, spans_from_text, special_ids, visible
+from align import align, spans_from_ids, spans_from_text, visible
 from grpo import pad, token_logprobs
 from plumbing.models import batches, chat_ids, context_of, without_stop
 
@@ -55,20 +55,19 @@ def word_credit(values, text, spans):
 
 
 def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: list, ids, lengths,
-                  *, credit: str = "token", stop_ids=None):
+                  *, credit: str = "token", stop_ids=()):
     """Eq. 1 -> rewards [B, T] nats float32, mask [B, T] bool, for `grpo.position_advantages`.
 
     prompts: one per row; ids [B, T] as sampled, lengths [B].  credit: "token" or "word".  stop_ids:
-    those that sampled; None: the special tokens.  A stop token at the end is masked: no text."""
+    those that sampled; at the end of a row one is masked.  (Special tokens are in any case.)"""
     if credit not in ("token", "word"):
         raise ValueError(f"credit must be 'token' or 'word', not {credit!r}")
-    stop_ids = special_ids(generator_tokenizer) if stop_ids is None else stop_ids
     rows, _ = without_stop(ids, lengths, stop_ids)
-    spelled = [spans_from_ids(generator_tokenizer, y) for y in rows]  # (text, spans) of each
-    read = [spans_from_text(verifier_tokenizer, text) for text, _ in spelled]  # (ids, spans)
+    generated = [spans_from_ids(generator_tokenizer, y) for y in rows]  # B x (text, [T, 2])
+    read = [spans_from_text(verifier_tokenizer, text) for text, _ in generated]  # B x (ids, [N, 2])
     scored = verifier_logprobs(verifier, verifier_tokenizer, prompts, [v_ids for v_ids, _ in read])
     rewards, mask = np.zeros(ids.shape, np.float32), np.zeros(ids.shape, bool)
-    for i, ((text, target), (_, source)) in enumerate(zip(spelled, read)):
+    for i, ((text, target), (_, source)) in enumerate(zip(generated, read)):
         found = aligned_rewards(scored[i], source, text, target, credit)
         rewards[i, : len(target)], mask[i, : len(target)] = found
     return torch.from_numpy(rewards).to(ids.device), torch.from_numpy(mask).to(ids.device)

@@ -26,7 +26,8 @@ from transformers import HfArgumentParser
 
 import cat
 from plumbing import one_clear_line, option, progress
-from plumbing.files import append_line, checkpoints, finite, read_json, read_lines, write_atomically
+from plumbing.files import (
+    append_line, checkpoints, finite, read_json, read_lines, write_atomically, write_lines)
 from plumbing.models import LocalModel, Reply, load, pick_device, text_model
 from plumbing.prompts import question_text, read_prompts, with_suffix
 from plumbing.run import newest
@@ -34,6 +35,7 @@ from plumbing.statistics import (
     agreement, estimate, length_controlled_win_rate, sign_permutation, win_rate)
 
 STAGES = ("respond", "judge", "report")
+ESTIMATOR = re.compile(f"(?:({'|'.join(cat.estimators(None))}):)?")  # synthesis:MODEL
 PART = 32  # prompts, or questions to a judge, at a time: what a kill can cost
 FIXED = "prompts", "suffix", "max_new_tokens", "temperature", "group_size", "seed"  # of answers
 
@@ -50,7 +52,6 @@ class Options:
     seed: int = option(0, "of sampling and of the order in which a pair is shown")
     batch_tokens: int = option(0, "tokens of a batch, prompts included; 0: what suits the device")
     judge: list[str] = option([], "NAME=MODEL@URL ... (its key in NAME_API_KEY), or NAME=MODEL")
-    pairs: list[str] = option([], "NAME:NAME ..., one over another; empty: all, later over earlier")
     judge_tokens: int = option(1024, "longest reply of a judge, its thoughts included")
     output_dir: str = option("", "the folder; empty: inside the run among the models")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
@@ -65,9 +66,11 @@ def named(what: str, specs: list) -> dict:
 
 def run_of(path: str) -> tuple:
     """A run of train.py -> the model that it has made so far, its options; else the path, {}."""
-    config = read_json(f"{path}/config.json")
-    made = checkpoints(path, config.get("keep", "")) or checkpoints(path)
-    return (made[-1], config) if made and "reward" in config else (path, {})
+    estimator = ESTIMATOR.match(path)[0]
+    folder = path.removeprefix(estimator)
+    config = read_json(f"{folder}/config.json")
+    made = checkpoints(folder, config.get("keep", "")) or checkpoints(folder)
+    return (estimator + made[-1], config) if made and "reward" in config else (path, {})
 
 
 def read_options(respond: bool) -> Options:
@@ -77,7 +80,7 @@ def read_options(respond: bool) -> Options:
     [o] = parser.parse_args_into_dataclasses()
     models, inside = named("--models", o.models), "runs/evaluation"
     if respond and not models and not o.output_dir:
-        run = newest("*/config.json")
+        run = newest("*/summary.json")
         models = {"base": run_of(run)[1].get("generator", run), "trained": run}
     for run in reversed(models.values()):
         model, config = run_of(run)
@@ -92,15 +95,12 @@ def read_options(respond: bool) -> Options:
     [o] = parser.parse_args_into_dataclasses()
     o.output_dir, o.judge = folder, named("--judge", o.judge)
     o.models = answered | {name: run_of(path)[0] for name, path in models.items()}
-    pairs = [spec.split(":") for spec in o.pairs]
-    o.pairs = pairs or [(y, x) for x, y in combinations(o.models, 2)]
     for name, value in (saved | answered).items():
         if value not in (o.models.get(name), getattr(o, name, None)):
-            raise ValueError(f"{folder} is with {name} {value}: give another --output_dir")
+            raise ValueError(f"{folder} holds answers with {name} {value}; for others give another "
+                             "--output_dir")
     if not (o.prompts and o.models and (respond or answered)):
         raise ValueError(f"{folder} holds no responses: respond first, with --models and --prompts")
-    if not all(len({*pair} & {*o.models}) == 2 for pair in o.pairs):
-        raise ValueError(f"--pairs must be NAME:NAME ..., of {', '.join(o.models)}")
     return o
 
 
@@ -121,31 +121,31 @@ def wording(text: str, row: dict) -> str:
     return re.sub(rf"(?<!\w)(?:{words})(?!\w)", "_", text)
 
 
-def measures(rows: list, texts: list, stopped: list) -> dict:
-    """{"facts" | "accuracy" | "valid": [n] values in [0, 1], None where a row has none or no text}:
-    share of facts right; right final answer; matches `pattern` in full and stopped by itself."""
-    found = {name: [None] * len(rows) for name in ("facts", "accuracy", "valid")}
-    for i, (row, text) in enumerate(zip(rows, texts)):
-        if text is not None and row["facts"]:
-            right = [fact_right(text, fact) for fact in row["facts"]]
-            found["facts"][i] = sum(right) / len(right)
-        if text is not None and row["answer"] is not None:
-            found["accuracy"][i] = float(cat.same_answer(cat.boxed_answer(text), row["answer"]))
-        if text is not None and row["pattern"]:
-            found["valid"][i] = float(stopped[i] and bool(re.fullmatch(row["pattern"], text)))
-    return found
+def measures(row: dict, text: str, stopped) -> dict:
+    """Of a response, in [0, 1], what its row asks for: "facts", the share that is right; right
+    "accuracy" (final answer); "valid", matches `pattern` in full and did not go on; "stopped"."""
+    right = [fact_right(text, fact) for fact in row["facts"]]
+    found = {"facts": sum(right) / len(right)} if right else {}
+    if row["answer"] is not None:
+        found["accuracy"] = float(cat.answer_key(text) == cat.normal_answer(row["answer"]) != "")
+    if row["pattern"]:
+        found["valid"] = float(stopped is not False and bool(re.fullmatch(row["pattern"], text)))
+    return found if stopped is None else found | {"stopped": float(stopped)}
 
 
 def score(rows: list, texts: list, stopped: list) -> dict:
-    """Means over prompts: facts, accuracy, valid (where rows carry them), by `kind` too; stopped;
-    and wording, the share of the most frequent one."""
-    values = defaultdict(list, measures(rows, texts, stopped) | {"stopped": stopped})
-    for row, text, right in zip(rows, texts, values["accuracy"]):
-        values[f"accuracy_{row.get('kind')}"].append(right)
-        for fact in row["facts"] if text is not None else ():
+    """Means of `measures` over prompts, of facts and accuracy by `kind` too; and wording, the share
+    of the most frequent one."""
+    values = defaultdict(list)
+    for row, text, end in zip(rows, texts, stopped):
+        found = measures(row, text, end) if text is not None else {}
+        if "accuracy" in found:
+            found[f"accuracy_{row.get('kind')}"] = found["accuracy"]
+        for name, value in found.items():
+            values[name].append(value)
+        for fact in row["facts"] if found else ():
             values[f"facts_{fact.get('kind')}"].append(fact_right(text, fact))
-    values = {name: [v for v in values[name] if v is not None] for name in sorted(values)}
-    means = {name: sum(v) / len(v) for name, v in values.items() if v and name[-5:] != "_None"}
+    means = {name: sum(v) / len(v) for name, v in sorted(values.items()) if name[-5:] != "_None"}
     wordings = Counter(wording(text or "", row) for text, row in zip(texts, rows))
     return means | {"wording": max(wordings.values()) / len(texts)}
 
@@ -164,7 +164,7 @@ def held_out(model, rows: list, *, max_new_tokens: int, seed: int = 0, judge=Non
             points = [[c["points"] for c in rubric] for rubric in rubrics]
             verdicts = cat.judge_rubrics([[text] for text in texts], criteria, judge)
             values = cat.rubric_rewards(verdicts, points)
-            scores = {"rubric": estimate(values, least=0)["score"]} | scores
+            scores = {"rubric": values.nanmean().clamp(min=0).item()} | scores
         result |= {prefix + name: round(value, 4) for name, value in scores.items()}
     return result
 
@@ -191,32 +191,32 @@ def read_preference(reply):
         return None
 
 
-def tasks_of(rows: list, texts: dict, pairs: list, seed: int = 0) -> dict:
+def tasks_of(rows: list, texts: dict, seed: int = 0) -> dict:
     """{(number of the prompt, names shown, number of the criterion or None): what a judge is asked}
     for every criterion and response, else for every pair, where all is answered.  Who is shown
     first is drawn by seed, pair and prompt."""
     tasks, rubrics = {}, any(row["rubrics"] for row in rows)
-    for names in [(name,) for name in texts] if rubrics else map(sorted, pairs):
+    for names in combinations(sorted(texts), 1 if rubrics else 2):
         for i, row in enumerate(rows):
             shown = tuple(random.Random(repr((seed, *names, i))).sample(names, len(names)))
             question, said = question_text(row["prompt"]), [texts[name][i] for name in shown]
-            for k, c in enumerate(row["rubrics"] if None not in said else ()):
+            if None in said:
+                continue
+            for k, c in enumerate(row["rubrics"]):
                 tasks[i, shown, k] = cat.judge_prompt(*said, c["criterion"], question)
-            if not rubrics and None not in said:
+            if not rubrics:
                 blocks = [cat.block("response", text, letter) for text, letter in zip(said, "AB")]
-                tasks[i, shown, None] = cat.ask(PAIRWISE, cat.block("question", question), *blocks)
+                tasks[i, shown, None] = cat.ask(PAIRWISE, *blocks, question=question)
     return tasks
 
 
 def read_judgements(o: Options, name: str) -> dict:
     """{what was asked: judgement} of judges/NAME.jsonl.  What is not asked any more is not used."""
-    path = f"{o.output_dir}/judges/{name}.jsonl"
-    return {row["ask"]: row for row in read_lines(path, mend=True)}
+    return {row["ask"]: row for row in read_lines(f"{o.output_dir}/judges/{name}.jsonl")}
 
 
 def judge(o: Options, name: str, tasks: dict):
-    """Appends to judges/NAME.jsonl the verdicts that are missing there and can be had.
-    ConnectionError: the server fails."""
+    """Appends to judges/NAME.jsonl the verdicts that are missing there and can be had."""
     path, who = f"{o.output_dir}/judges/{name}.jsonl", run_of(o.judge[name])[0]
     known = read_judgements(o, name)
     if {j["judge"] for j in known.values()} - {who}:
@@ -224,21 +224,21 @@ def judge(o: Options, name: str, tasks: dict):
     todo = {asked: task for task, asked in tasks.items() if asked not in known}
     if not todo:
         return
+    write_lines(path, known.values())
     key = os.environ.get(re.sub(r"\W", "_", name).upper() + "_API_KEY")
-    model = text_model(f"--judge {name}", who, pick_device(o.device), key=key)
-    asks, missing, pairwise = [*todo], 0, None in next(iter(todo.values()))
+    model = text_model(f"--judge {name}", who, pick_device(o.device), key=key,
+                       batch_tokens=o.batch_tokens)
+    asks, missing, pairwise = [*todo], 0, next(iter(tasks))[2] is None
     read = read_preference if pairwise else cat.read_verdict
     for n in progress(range(0, len(asks), PART), desc=f"{name}, {PART} at a time"):
         part = asks[n : n + PART]
-        found = cat.decide(part, model, read=read, max_new_tokens=o.judge_tokens)
-        for asked, verdict in zip(part, found):
+        verdicts = cat.decide(part, model, read=read, max_new_tokens=o.judge_tokens)
+        for asked, verdict in zip(part, verdicts):
             if verdict is not None:
                 said = verdict if pairwise else {"verdict": verdict}
                 task = dict(zip(("index", "shown", "criterion"), todo[asked]))
                 append_line(path, task | {"judge": who, "ask": asked} | said)
-        missing += found.count(None)
-        if model.failures >= PART:
-            raise ConnectionError(f"--judge {name}: no answer {PART} times, {model.last_error}")
+        missing += verdicts.count(None)
     if missing:
         print(f"evaluate.py: {missing} verdicts of --judge {name} could not be had; the same "
               f"command asks again. {model.last_error}", file=sys.stderr)
@@ -253,9 +253,12 @@ def preference(verdict, shown: tuple, x: str):
 
 def values_of(rows: list, answers: list, judges: dict, x: str) -> dict:
     """{measure: [n] of x's responses, NaN = missing}, with "rubric, JUDGE": HealthBench's score."""
-    texts, stopped, tokens = ([r[k] for r in answers] for k in Reply._fields)
-    values = measures(rows, texts, stopped) | {"stopped": stopped, "tokens": tokens}
-    values["characters"] = [None if text is None else len(text) for text in texts]
+    found = []
+    for row, r in zip(rows, answers):
+        found.append({} if r["response"] is None else measures(row, r["response"], r["stopped"]) | {
+            "tokens": r["tokens"], "characters": len(r["response"])})
+    names = dict.fromkeys(name for of in found for name in of)
+    values = {name: [of.get(name) for of in found] for name in names}
     points = [[c["points"] for c in row["rubrics"]] for row in rows]
     for name, known in judges.items():
         verdicts = [[[known.get((i, (x,), k)) for k in range(len(worth))]]
@@ -269,20 +272,20 @@ def compare(found: dict, x: str, y: str, values: dict) -> dict:
     """x over y by a judge.  found: {number of the prompt: (verdict, names in the order shown)}."""
     lengths = [values[name]["characters"] for name in (x, y)]
     p = [preference(*found.get(i, (None, ())), x) for i in range(len(lengths[0]))]
-    first = estimate([preference(verdict, "A", "A") for verdict, _ in found.values()])
+    first = estimate([preference(v, shown, shown[0]) for v, shown in found.values()])
     first = {f"first_shown_{k}": first[k] for k in ("score", "low", "high")}
     return win_rate(p) | {"p": sign_permutation(np.array(p, float) - 0.5),
                           "length_controlled": length_controlled_win_rate(p, *lengths)} | first
 
 
-def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
-    """All that can be said.  responses: {model: n rows}; judges: {name: {task: verdict}}; pairs:
-    [(x, y)], x over y."""
+def make_report(rows: list, responses: dict, judges: dict) -> dict:
+    """All that can be said.  responses: {model: n rows}; judges: {name: {task: verdict}}.  Of each
+    pair the later model is compared with (and over) the earlier one."""
     values = {x: values_of(rows, answers, judges, x) for x, answers in responses.items()}
     means, differences, compared, agreed = [], [], [], []
     for x in responses:  # HealthBench clips the mean, not the examples; no other is below 0
         means += [{"model": x, "measure": m} | estimate(v, least=0) for m, v in values[x].items()]
-    for x, y in pairs:
+    for y, x in combinations(responses, 2):
         for m in (m for m in values[x] if m in values[y]):
             d, of = values[x][m] - values[y][m], {"pair": f"{x}:{y}", "measure": m}
             differences.append(of | estimate(d) | {"p": sign_permutation(d)})
@@ -291,13 +294,9 @@ def make_report(rows: list, responses: dict, judges: dict, pairs: list) -> dict:
             of = {"pair": f"{x}:{y}", "judge": name}
             compared += [of | compare(found, x, y, values)] if found else []
     for a, b in combinations(judges, 2):
-        both = defaultdict(list)
-        for i, shown, k in judges[a].keys() & judges[b].keys():
-            verdicts = [judges[name][i, shown, k] for name in (a, b)]
-            on = ":".join(sorted(shown)) if k is None else "criteria"
-            both[on].append([preference(v, shown, min(shown)) for v in verdicts])
-        for on in sorted(both):
-            agreed.append({"judges": f"{a}:{b}", "on": on} | agreement(*zip(*both[on])))
+        both = [[preference(judges[name][i, shown, k], shown, min(shown)) for name in (a, b)]
+                for i, shown, k in judges[a] if (i, shown, k) in judges[b]]
+        agreed += [{"judges": f"{a}:{b}"} | agreement(*zip(*both))] if both else []
     parts = {"means": means, "differences": differences, "pairs": compared, "agreement": agreed}
     return finite(parts)
 
@@ -310,12 +309,6 @@ def markdown(report: dict) -> str:
         lines = [rows[0], ["---"] * len(rows[0]), *cells] if rows else []
         text += f"\n{title}:\n\n" * bool(rows) + "".join(f"| {' | '.join(x)} |\n" for x in lines)
     return text
-
-
-def read_responses(o: Options, name: str, n: int) -> list:
-    """A model's n responses as `respond` wrote them; blank where there is none yet."""
-    rows = list(read_lines(f"{o.output_dir}/models/{name}/responses.jsonl", mend=True))
-    return rows + [Reply()._asdict()] * (n - len(rows))
 
 
 def answers(model, estimator: str, rows: list, o: Options, seed: int) -> list:
@@ -331,36 +324,36 @@ def answers(model, estimator: str, rows: list, o: Options, seed: int) -> list:
     reconcile = cat.estimators(model, style=style, temperature=o.temperature, seed=seed + 1,
                                **settings)[estimator]
     texts = reconcile([prompts[i] for i in had], [rollouts[i] for i in had])
-    found = {i: Reply(text, stopped=True) for i, text in zip(had, texts)}
+    found = {i: Reply(text or "") for i, text in zip(had, texts)}  # none is a wrong answer
     return [found.get(i, Reply()) for i in range(len(rows))]
 
 
 def respond(o: Options, name: str, rows: list):
-    """models/NAME/responses.jsonl, and outputs.json as alpaca_eval reads it.  A model is in
-    evaluation.json once it can answer."""
+    """models/NAME/responses.jsonl.  A model is in evaluation.json once it can answer."""
     folder, fixed = f"{o.output_dir}/models/{name}", {k: getattr(o, k) for k in FIXED}
-    done = len(list(read_lines(f"{folder}/responses.jsonl", mend=True)))
-    if done < len(rows):
-        estimator = re.match(f"(?:({'|'.join(cat.estimators(None))}):)?", o.models[name])
-        path = o.models[name][estimator.end() :]
-        model = LocalModel(*load(f"--models {name}", path, pick_device(o.device)),
-                           batch_tokens=o.batch_tokens)
-        path = f"{o.output_dir}/evaluation.json"
-        models = read_json(path).get("models", {}) | {name: o.models[name]}
-        write_atomically(path, json.dumps({"models": models, **fixed}))
-        os.makedirs(folder, exist_ok=True)
-        for i in progress(range(done // PART * PART, len(rows), PART), desc=name):
-            replies = answers(model, estimator[1], rows[i : i + PART], o, 2 * (o.seed + i))
-            for k, reply in list(enumerate(replies, i))[max(0, done - i) :]:
-                append_line(f"{folder}/responses.jsonl", {"index": k, **reply._asdict()})
-    outputs = [{"instruction": question_text(row["prompt"]), "output": r["response"],
-                "generator": name} for row, r in zip(rows, read_responses(o, name, len(rows)))
-               if r["response"] is not None]
-    write_atomically(f"{folder}/outputs.json", json.dumps(outputs, indent=1))
+    path, done = f"{folder}/responses.jsonl", read_lines(f"{folder}/responses.jsonl")
+    if len(done) == len(rows):
+        return
+    estimator = ESTIMATOR.match(o.models[name])
+    where = o.models[name][estimator.end() :]
+    model = LocalModel(*load(f"--models {name}", where, pick_device(o.device)),
+                       batch_tokens=o.batch_tokens)
+    models = read_json(f"{o.output_dir}/evaluation.json").get("models", {}) | {name: o.models[name]}
+    write_atomically(f"{o.output_dir}/evaluation.json", json.dumps({"models": models, **fixed}))
+    os.makedirs(folder, exist_ok=True)
+    write_lines(path, done)
+    for i in progress(range(len(done) // PART * PART, len(rows), PART), desc=name):
+        replies = answers(model, estimator[1], rows[i : i + PART], o, 2 * (o.seed + i))
+        for k, reply in list(enumerate(replies, i))[max(0, len(done) - i) :]:
+            append_line(path, {"index": k, **reply._asdict()})
 
 
 def report(o: Options, rows: list, responses: dict, tasks: dict):
-    """report.json and report.md, of all responses and judgements; the latter on the screen too."""
+    """report.json and report.md, the latter on the screen too; outputs.json for alpaca_eval."""
+    for name, answers in responses.items():
+        outputs = [{"instruction": question_text(row["prompt"]), "output": r["response"],
+                    "generator": name} for row, r in zip(rows, answers) if r["response"]]
+        write_atomically(f"{o.output_dir}/models/{name}/outputs.json", json.dumps(outputs))
     names = [f[:-6] for f in sorted(os.listdir(f"{o.output_dir}/judges")) if f.endswith(".jsonl")]
     judges, who = {}, {}
     for name in names:
@@ -368,7 +361,7 @@ def report(o: Options, rows: list, responses: dict, tasks: dict):
         judges[name] = {t: known[ask]["verdict"] for t, ask in tasks.items() if ask in known}
         who |= {f"judge {name}": row["judge"] for row in known.values()}
     settings = o.models | who | {name: getattr(o, name) for name in FIXED}
-    found = {"settings": [settings]} | make_report(rows, responses, judges, o.pairs)
+    found = {"settings": [settings]} | make_report(rows, responses, judges)
     write_atomically(f"{o.output_dir}/report.json", json.dumps(found, indent=1))
     write_atomically(f"{o.output_dir}/report.md", markdown(found))
     print(markdown(found))
@@ -381,14 +374,16 @@ def main():
     if not os.path.exists(f"{o.output_dir}/evaluation.json"):
         rows = with_suffix(read_prompts(o.prompts), o.suffix)
         os.makedirs(f"{o.output_dir}/judges", exist_ok=True)
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-    rows = read_prompts(path)
-    for name in o.models if "respond" in stages else ():
-        respond(o, name, rows)
-        gc.collect()  # one model in memory at a time
-    responses = {name: read_responses(o, name, len(rows)) for name in o.models}
+        write_lines(path, rows)
+    rows, responses = read_prompts(path), {}
+    for name in o.models:
+        if "respond" in stages:
+            respond(o, name, rows)
+            gc.collect()  # one model in memory at a time
+        done = read_lines(f"{o.output_dir}/models/{name}/responses.jsonl")
+        responses[name] = done + [Reply()._asdict()] * (len(rows) - len(done))
     texts = {name: [r["response"] for r in answers] for name, answers in responses.items()}
-    tasks = tasks_of(rows, texts, o.pairs, o.seed)
+    tasks = tasks_of(rows, texts, o.seed)
     for name in o.judge if "judge" in stages else ():
         judge(o, name, tasks)
     if "report" in stages:

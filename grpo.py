@@ -57,7 +57,8 @@ def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torc
     if top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True, stable=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # the mass before this token suffices
-        logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
+        back = order.argsort(-1)  # to the vocabulary's order: the inverse of the permutation
+        logits = logits.masked_fill(beyond.gather(-1, back), -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 
@@ -66,8 +67,8 @@ def sample(model, prompt_ids: list, group_size: int, *, max_new_tokens: int, sto
     """y ~ pi_old: G responses to each of P prompts -> ids [B, T], lengths [B]; row i*G + g is y_g.
 
     A response ends with the first of `stop_ids`, which belongs to it and to its length, or at
-    `max_new_tokens`; behind it `ids` is 0.  settings: `draw`'s.  No cache is for more than
-    `batch_tokens`, but for one group at least.  ValueError: an empty prompt."""
+    `max_new_tokens`; behind it `ids` is 0.  settings: `draw`'s.  A batch, of one group at least,
+    has at most `batch_tokens` in its cache.  ValueError: an empty prompt."""
     if not prompt_ids or not all(prompt_ids):
         raise ValueError("sample needs at least one prompt, and at least one token in each")
     longest = max(map(len, prompt_ids)) + max_new_tokens
@@ -120,8 +121,8 @@ def response_mask(lengths: torch.Tensor, T: int) -> torch.Tensor:
 
 def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, entropy=False,
                    chunk: int = 1024):
-    """log p(y_t | prompt, y_<t) -> [B, T] nats, float32, 0 behind a row's end; with `entropy` also
-    those of the distributions drawn from, [B, T] nats, without gradient.
+    """log p(y_t | prompt, y_<t) -> [B, T] nats, float32, 0 behind a row's end; with `entropy` a
+    pair: these, and the entropies of the distributions drawn from, [B, T] nats, without gradient.
 
     prompt_ids: B lists; ids [B, T], lengths [B]; temperature: the one that sampled.  Padding is on
     the right, where causal attention never looks: a row scores as it does alone.  Logits are made

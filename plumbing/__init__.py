@@ -1,4 +1,4 @@
-"""All that the papers do not speak of: models, prompt files, files."""
+"""All that the papers do not speak of: models, prompts, files, runs, statistics."""
 
 import logging
 import os
@@ -8,6 +8,8 @@ from dataclasses import field
 import torch
 from tqdm import tqdm
 from transformers.utils import logging as model_logging
+
+TOY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "toy")
 
 
 def option(default, help):

@@ -25,15 +25,16 @@ def append_line(path: str, row: dict):
         f.write(json.dumps(finite(row), ensure_ascii=False) + "\n")
 
 
-def read_lines(path: str, mend: bool = False):
-    """Yields what `append_line` wrote but for an unfinished last line, which `mend` cuts off."""
-    if os.path.exists(path):
-        with open(path, "r+b" if mend else "rb") as f:
-            for n, line in enumerate(f, 1):
-                if line.endswith(b"\n"):
-                    yield parse_json(f"{path}:{n}", line.decode(errors="replace"))
-                elif mend:
-                    f.truncate(f.tell() - len(line))
+def write_lines(path: str, rows):
+    """A whole file of such lines."""
+    write_atomically(path, "".join(json.dumps(finite(row)) + "\n" for row in rows))
+
+
+def read_lines(path: str) -> list:
+    """What these wrote, but for an unfinished last line."""
+    text = Path(path).read_text("utf-8", errors="replace") if os.path.exists(path) else ""
+    lines = text.split("\n")[:-1]
+    return [parse_json(f"{path}:{n}", line) for n, line in enumerate(lines, 1)]
 
 
 def parse_json(where: str, text: str):

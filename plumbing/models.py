@@ -58,10 +58,10 @@ def load_model(path: str, *, train: bool, device):
 
 
 def load(what: str, path: str, device, train: bool = False):
-    """A model and its tokenizer (alone if device is None).  ValueError in one line from `what`."""
+    """A model and its tokenizer.  ValueError: one line that starts with `what`."""
     try:
         tokenizer = load_tokenizer(path.removeprefix(RANDOM))
-        return device and load_model(path, train=train, device=device), tokenizer
+        return load_model(path, train=train, device=device), tokenizer
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # broken files, no network, unknown architectures ...
@@ -164,7 +164,7 @@ class LocalModel:
     """A text model from a transformers causal language model and its tokenizer.  What does not fit
     the model's context is missing: None from `complete`, NaN from the others."""
 
-    last_error, failures = "", 0
+    last_error = ""
 
     def __init__(self, model, tokenizer, *, top_k=0, top_p=1.0, batch_tokens: int = 0):
         self.model, self.tokenizer, self.context = model, tokenizer, context_of(model)
@@ -230,7 +230,7 @@ class LocalModel:
 
 class Endpoint:
     """A text model behind an OpenAI-compatible server, through the `openai` package, its retries,
-    pauses and time-outs (seconds).  failures: of the server, since its last answer."""
+    pauses and time-outs (seconds)."""
 
     def __init__(self, model: str, url: str, *, key=None, concurrency=8, timeout=60.0, retries=4):
         import openai
@@ -248,16 +248,17 @@ class Endpoint:
         return [texts[i : i + n] for i in range(0, len(texts), n)]
 
     def ask(self, prompt, max_new_tokens: int, temperature: float) -> str | None:
-        """One answer.  ValueError: wrong key, model or URL (401 or 404)."""
+        """One answer.  ValueError: wrong key, model or URL (401 or 404).  ConnectionError: the
+        server has failed 32 times in a row."""
         send = {"max_tokens": max_new_tokens, "temperature": temperature}
         send = {name: value for name, value in send.items() if name not in self.refused}
         if "max_tokens" in self.refused:
             send["max_completion_tokens"] = max_new_tokens
         chat = {"model": self.model, "messages": messages_of(prompt), **send}
         try:
-            text = self.client.chat.completions.create(**chat).choices[0].message.content[:LONGEST]
+            text = self.client.chat.completions.create(**chat).choices[0].message.content or ""
             self.last_error, self.failures = "", 0
-            return text.encode(errors="replace").decode()
+            return text[:LONGEST].encode(errors="replace").decode()
         except Exception as e:  # the server's, the network's, or of an answer that is none
             status = getattr(e, "status_code", 0)
             error = f"{status or type(e).__name__}, {e.__cause__ or e}".replace(self.key, "***")
@@ -269,6 +270,8 @@ class Endpoint:
             self.refused |= refused  # OpenAI's newer models take neither, and say so
             return self.ask(prompt, max_new_tokens, temperature)
         self.failures = 0 if status in (400, 413, 422) else self.failures + 1  # 0: the prompt's own
+        if self.failures >= 32:
+            raise ConnectionError(f"no answer {self.failures} times in a row, {self.last_error}")
         return None
 
 

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import resource
-import shutil
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from transformers import HfArgumentParser
 
 from plumbing.files import (
-    append_line, checkpoints, read_json, read_lines, save_checkpoint, write_atomically)
+    append_line, checkpoints, read_json, read_lines, save_checkpoint, write_atomically, write_lines)
 from plumbing.models import (
     LocalModel, chat_ids, context_of, find_stop_ids, load, pick_device, text_model)
 from plumbing.prompts import draw_prompts, read_prompts, with_suffix
@@ -94,19 +93,21 @@ def prepare(o) -> Run:
     for row in rows if o.reward == "rubric-given" else ():
         if not any(c["points"] > 0 for c in row["rubrics"]):
             raise ValueError(f"{row['where']}: rubric-given needs `rubrics` with points > 0")
-    scored = any(row["facts"] or row["answer"] or row["rubrics"] for row in eval_rows)
-    if o.keep == "best" and not scored:
-        raise ValueError("--keep best needs --eval_prompts with facts, answer or rubrics")
+    judged = o.reward in JUDGED
+    if o.keep == "best" and not any(row["facts"] or row["answer"] or judged and row["rubrics"]
+                                    for row in eval_rows):
+        raise ValueError("--keep best needs --eval_prompts with facts, answer or, with a judge, "
+                         "rubrics")
     run = Run(o, device, policy, tokenizer, find_stop_ids(policy, tokenizer), rows, eval_rows)
     catting = o.reward in JUDGED + ("cat-answer", "cat-sft")
-    if o.beta or catting and not o.anchor:
+    if o.beta or catting:
         run.reference, _ = load("--generator", o.generator, device)
     if o.reward in VERIFIED:
         run.verifier = load("--verifier", o.verifier, device)
     if catting:
-        anchor = load("--anchor", o.anchor, device) if o.anchor else (run.reference, tokenizer)
-        run.anchor = LocalModel(*anchor, top_k=o.top_k, top_p=o.top_p, batch_tokens=o.batch_tokens)
-    if o.reward in JUDGED:
+        run.anchor = LocalModel(run.reference, tokenizer, top_k=o.top_k, top_p=o.top_p,
+                                batch_tokens=o.batch_tokens)
+    if judged:
         key = os.environ.get("JUDGE_API_KEY")
         run.judge = run.anchor
         if o.judge:
@@ -125,14 +126,10 @@ def begin(run: Run, optimizer) -> int:
     for folder in checkpoints(o.output_dir)[-1:]:
         state = torch.load(f"{folder}/state.pt", map_location=run.device, weights_only=True)
         optimizer.load_state_dict(state["optimizer"])
-    for path in checkpoints(o.output_dir, "best"):
-        if int(path[-6:]) > state["step"]:
-            shutil.rmtree(path)
     config = json.dumps(asdict(o) | {"resume": False}, indent=1)
     write_atomically(f"{o.output_dir}/config.json", config)
     for path in (f"{o.output_dir}/metrics.jsonl", f"{o.output_dir}/samples.jsonl"):
-        kept = [row for row in read_lines(path) if row["step"] <= state["step"]]
-        write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept))
+        write_lines(path, [row for row in read_lines(path) if row["step"] <= state["step"]])
     return max(0, state["step"])
 
 
@@ -159,30 +156,32 @@ def validation(row: dict) -> float:
 
 
 def record(run: Run, optimizer, step: int, row: dict):
-    """What is due after a step: its line in metrics.jsonl, and on the screen; a checkpoint."""
+    """What is due after a step: its line in metrics.jsonl, and on the screen; checkpoints."""
     o, parts, row = run.options, (run.policy, run.tokenizer), {"step": step} | row
     metrics = f"{o.output_dir}/metrics.jsonl"
     if "held_out" in row:
         tqdm.write(f"step {step}: {numbers(row['held_out'])}", file=sys.stdout)
-    if o.keep == "best" and validation(row) > max(map(validation, read_lines(metrics)), default=-1):
-        save_checkpoint(o.output_dir, step, *parts, {"step": step}, "best")
+    before = max(map(validation, read_lines(metrics)), default=-1)
+    best = o.keep == "best" and validation(row) > before
     append_line(metrics, row)
-    if step and (step % o.save_every == 0 or step == o.steps):
+    if step and (best or step % o.save_every == 0 or step == o.steps):
         state = {"step": step, "optimizer": optimizer.state_dict()}
         save_checkpoint(o.output_dir, step, *parts, state)
+    if best:
+        save_checkpoint(o.output_dir, step, *parts, {}, "best")
 
 
 def finish(run: Run) -> dict:
     """summary.json: scores before and after, the model, time and memory."""
-    folder = run.options.output_dir
-    rows = list(read_lines(f"{folder}/metrics.jsonl"))
+    folder, rows = run.options.output_dir, read_lines(f"{run.options.output_dir}/metrics.jsonl")
     model = (checkpoints(folder, run.options.keep) or checkpoints(folder))[-1]
+    made = rows[int(model[-6:])]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
     memory /= 2**20 if sys.platform == "darwin" else 2**10
     if run.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(run.device) / 2**20
     result = {"before": rows[0]["held_out"] | {"reward": rows[1]["reward"]},
-              "after": rows[int(model[-6:])].get("held_out", {}) | {"reward": rows[-1]["reward"]},
+              "after": made.get("held_out", {}) | {"reward": made["reward"]},
               "seconds": round(sum(row["seconds"] for row in rows[1:]), 1),
               "skipped": sum(row["skipped"] for row in rows[1:]), "steps": rows[-1]["step"],
               "peak_memory_mb": round(memory), "model": model}

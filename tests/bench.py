@@ -5,7 +5,6 @@
 """
 import contextlib
 import io
-import itertools
 import os
 import platform
 import random
@@ -162,12 +161,11 @@ def judging():
     """What 805 prompts x 6 pairs x 2 judges cost beyond the judges: a scripted server, responses of about 1,750 characters."""
     os.environ["NO_PROXY"] = "127.0.0.1"
     rng, names, real, resident = random.Random(0), ["reference", "base", "instruct", "trained"], files.append_line, []
-    pairs = [(y, x) for x, y in itertools.combinations(names, 2)]
     with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
         words = f.read().split()
     with subprocess.Popen([sys.executable, "-c", JUDGE], stdout=subprocess.PIPE, text=True) as server, tempfile.TemporaryDirectory() as folder:
         url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
-        o = evaluate.Options(models=dict.fromkeys(names, "none"), prompts="made up", pairs=pairs, output_dir=folder,
+        o = evaluate.Options(models=dict.fromkeys(names, "none"), prompts="made up", output_dir=folder,
                              judge={j: f"m@{url}" for j in ("one", "two")})
         rows = [prompts.check_row("", {"prompt": " ".join(rng.choices(words, k=40))}) for _ in range(805)]
         os.makedirs(os.path.join(folder, "judges"))
@@ -182,8 +180,8 @@ def judging():
             with open("/proc/self/statm") as f:
                 resident.append(int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
         evaluate.append_line, times = append, []
-        responses = {name: evaluate.read_responses(o, name, 805) for name in names}
-        tasks = evaluate.tasks_of(rows, {name: [r["response"] for r in answers] for name, answers in responses.items()}, pairs)
+        responses = {name: files.read_lines(f"{folder}/models/{name}/responses.jsonl") for name in names}
+        tasks = evaluate.tasks_of(rows, {name: [r["response"] for r in answers] for name, answers in responses.items()})
         for stage in (lambda: [evaluate.judge(o, name, tasks) for name in o.judge], lambda: [evaluate.judge(o, name, tasks) for name in o.judge],
                       lambda: evaluate.report(o, rows, responses, tasks)):
             start = time.perf_counter(), time.process_time()

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import align as module
-from align import align, spans_from_ids, spans_from_text, special_ids, visible
+from align import _pieces, align, spans_from_ids, spans_from_text, visible
 from tokenizers_for_tests import NAMES, PRODUCTION, make
 
 settings.register_profile("quick", deadline=None, max_examples=40)
@@ -180,7 +180,7 @@ def test_visible_is_any_ink(text, data):
 def oracle_bytes(name, tokenizer, ids):
     """Token bytes by the family's definition, one id at a time."""
     unicode_to_byte = {ch: byte for byte, ch in bytes_to_unicode().items()}
-    special, parts = special_ids(tokenizer), []
+    special, parts = _pieces(tokenizer).special, []
     for i in ids:
         token = tokenizer.convert_ids_to_tokens(int(i))
         if token is None or i in special:
@@ -334,7 +334,7 @@ def check_text(name, tokenizer, text):
     check_tiles(text, spans)
     if not name.startswith("unigram"):  # to which "</s>" is a word like others
         unknown = {tokenizer.unk_token_id}
-        assert not (special_ids(tokenizer) - unknown) & set(ids), "a special token read from ordinary text"
+        assert not (_pieces(tokenizer).special - unknown) & set(ids), "a special token read from ordinary text"
     return ids, spans
 
 
@@ -406,7 +406,7 @@ def test_spans_by_offsets_by_hand(text, parts, offsets, expected):
 @pytest.mark.parametrize("name", ALL)
 def test_special_strings_stay_text(name):
     tokenizer = tokenizer_of(name)
-    for i in special_ids(tokenizer):
+    for i in _pieces(tokenizer).special:
         text = f"a {tokenizer.convert_ids_to_tokens(i)}b"
         ids, spans = check_text(name, tokenizer, text)
         assert len(ids) > 2 and (i not in ids or i == tokenizer.unk_token_id or name.startswith("unigram"))
@@ -443,11 +443,11 @@ def test_tokens_added_later():
     assert spans_from_ids(tokenizer, [last - 1])[0] == "<é>"
     tokenizer.add_tokens(["<tool:é>", AddedToken("<end>", special=True)])
     text, spans = spans_from_ids(tokenizer, [last, last + 1])
-    assert text == "<tool:é>" and spans.tolist() == [[0, 8], [8, 8]] and last + 1 in special_ids(tokenizer)
+    assert text == "<tool:é>" and spans.tolist() == [[0, 8], [8, 8]] and last + 1 in _pieces(tokenizer).special
     tokenizer.add_special_tokens({"pad_token": "<think>"})  # an id that was text before
     assert spans_from_ids(tokenizer, [last - 2])[0] == ""
     tokenizer.eos_token = "<tool:é>"  # named, but not flagged
-    assert spans_from_ids(tokenizer, [last])[0] == "" and last in special_ids(tokenizer)
+    assert spans_from_ids(tokenizer, [last])[0] == "" and last in _pieces(tokenizer).special
     plain = copy.deepcopy(make("unigram"))
     plain.add_tokens([AddedToken("<later>", special=False)])
     ids, spans = spans_from_text(plain, "x<later>")
@@ -468,8 +468,8 @@ def test_special_token_that_merges_can_build():
 
 def test_special_ids():
     tokenizer = make("qwen")
-    assert special_ids(tokenizer) == set(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
-    assert 300 < len(special_ids(tokenizer_of("mistral_v3"))) or special_ids(tokenizer_of("mistral_v3")) >= {0, 1, 2}
+    assert _pieces(tokenizer).special == set(tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"]))
+    assert 300 < len(_pieces(tokenizer_of("mistral_v3")).special) or _pieces(tokenizer_of("mistral_v3")).special >= {0, 1, 2}
 
 
 @pytest.mark.parametrize("decoder, message", [
@@ -481,7 +481,7 @@ def test_unknown_decoder_is_refused(decoder, message):
     if decoder is not None:
         backend.decoder = decoder
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
-    for call in (lambda: spans_from_ids(tokenizer, [0]), lambda: spans_from_text(tokenizer, "b"), lambda: special_ids(tokenizer)):
+    for call in (lambda: spans_from_ids(tokenizer, [0]), lambda: spans_from_text(tokenizer, "b"), lambda: _pieces(tokenizer).special):
         with pytest.raises(ValueError, match=message) as error:
             call()
         assert type(tokenizer).__name__ in str(error.value)

@@ -30,6 +30,7 @@ def toy():
 
 class Scripted:
     """A text model that replies what `reply(prompt, temperature)` says, and remembers what it was asked."""
+    last_error = ""
 
     def __init__(self, reply):
         self.reply, self.asked = reply, []

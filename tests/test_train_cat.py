@@ -73,7 +73,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path, whole, few, where):
     ["--reward", "cat-answer"], ["--reward", "cat-answer", "--estimator", "majority"], ["--reward", "cat-match"], ["--reward", "rubric-given"],
     ["--estimator", "best-of-n", "--group_size", 8], ["--estimator", "min-perplexity"], ["--estimator", "mutual-predictability"], ["--estimator", "single"],
     ["--reward", "cat-sft"], ["--rubric_from", "question"], ["--question_in_synthesis"], ["--kl_in", "reward", "--beta", 0.1],
-    ["--length_penalty_after", 20, "--beta", 0], ["--updates_per_rollout", 2, "--judge", "toy/cat/model", "--anchor", "toy/cat/model"],
+    ["--length_penalty_after", 20, "--beta", 0], ["--updates_per_rollout", 2, "--judge", "toy/cat/model"],
     ["--reward", "cme-sequence", "--generator", "toy/cat/model", "--length_penalty_after", 20, "--kl_in", "reward"]], ids=lambda a: " ".join(map(str, a)))
 def test_options_run(tmp_path, few, arguments):
     status, out, err = run(tmp_path, few, *arguments, "--steps", 2)
@@ -228,7 +228,6 @@ def test_missing_references_leave_groups_out(tmp_path, few):
     (["--reward", "rubric-given", "--prompts", "plain.txt"], "plain.txt:1"),
     (["--estimator", "magic"], "--estimator"),
     (["--judge", "m@http://x y/"], "--judge: m at http://x y/"), (["--judge", "/no/such/judge"], "--judge /no/such/judge"),
-    (["--anchor", "/no/such/anchor"], "--anchor /no/such/anchor"),
     (["--prompts", "rubrics.jsonl"], "rubrics.jsonl:1"),
     (["--estimator", "majority"], "boxed"), (["--judge", "m@http://127.0.0.1:9/v1"], "APIConnectionError"),
     (["--judge", "toy/cme/verifier"], "yes and no")])
@@ -259,16 +258,19 @@ def test_missing_references_have_no_score(tmp_path, few):
     assert "single: facts" in skills and "synthesis: facts" not in skills and skills["judge: true"] is None
 
 
-def test_best_models_of_steps_that_are_done_again_go(tmp_path, few):
-    """Killed after a new best model and before the next checkpoint, and resumed with fewer steps: the result is of this run."""
+def test_the_best_model_survives_a_kill(tmp_path, few):
+    """Killed after a new best model and before the next checkpoint is due: it is there after a worse end."""
     scores = iter([0.1, 0.5, 0.9, 0.95])
 
     def patch():
         train.held_out = lambda *a, **k: {"facts": next(scores), "sampled_facts": 0.0}
         kill_at(train, "rollout", 6)()
+
+    def worse():
+        train.held_out = lambda *a, **k: {"facts": 0.2, "sampled_facts": 0.0}
     arguments = "--keep", "best", "--eval_every", 1, "--save_every", 2, "--reward", "cat-answer"
     assert run(tmp_path, few, *arguments, "--steps", 6, patch=patch)[0] != 0
-    best = [p.name for p in (tmp_path / "run").glob("best-*")]
-    assert best == ["best-000003"]
-    status, out, err = fork(["--resume", "--output_dir", tmp_path / "run", "--steps", 2], tmp_path)
-    assert status == 0 and json.loads((tmp_path / "run/summary.json").read_text())["model"].endswith("checkpoint-000002"), err
+    status, out, err = fork(["--resume", "--output_dir", tmp_path / "run"], tmp_path, worse)
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert status == 0 and summary["model"].endswith("best-000003") and summary["after"]["facts"] == 0.95 and summary["steps"] == 6, err
+    assert sorted(p.name for p in (tmp_path / "run").glob("*-0*")) == ["best-000003", "checkpoint-000006"]

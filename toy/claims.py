@@ -23,9 +23,9 @@ import grpo  # noqa: E402
 from evaluate import fact_right, held_out  # noqa: E402
 from plumbing.files import append_line, read_lines  # noqa: E402
 from plumbing.prompts import read_prompts  # noqa: E402
-from plumbing import models
+from plumbing import TOY, models
 
-MODEL = os.path.join(cat.TOY, "model")
+MODEL = os.path.join(TOY, "cat", "model")
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # Student's t by degrees of freedom
 RUNS = {  # name: options of train.py
     "cat": [], "cat-match": ["--reward", "cat-match"], "cat-answer": ["--reward", "cat-answer"],
@@ -62,7 +62,7 @@ def shown(values: list) -> str:
 def right_facts(row: dict, text) -> list:
     """1.0 or 0.0 for each fact, or for the final answer."""
     if row["answer"] is not None:
-        return [float(cat.same_answer(cat.boxed_answer(text or ""), row["answer"]))]
+        return [float(cat.answer_key(text) == cat.normal_answer(row["answer"]) != "")]
     return [float(fact_right(text or "", fact)) for fact in row["facts"]]
 
 
@@ -70,7 +70,7 @@ def draw(model_path: str, file: str, repeats: int, names=None) -> list:
     """For each repeat and prompt: the row, 8 rollouts, and the reference of each estimator."""
     model = models.LocalModel(*models.load("toy", model_path, "cpu"))
     anchor = models.LocalModel(*models.load("toy", MODEL, "cpu"))
-    rows, style = read_prompts(os.path.join(cat.TOY, file)), "stepwise" if "numbers" in file else "freeform"
+    rows, style = read_prompts(os.path.join(TOY, "cat", file)), "stepwise" if "numbers" in file else "freeform"
     prompts, drawn = [r["prompt"] for r in rows], []
     for repeat in range(repeats):
         rollouts = model.complete(prompts, n=8, max_new_tokens=48, temperature=1.0, seed=1000 + repeat)
@@ -134,7 +134,7 @@ def weak_judge(folder: str, aim: float = 0.73) -> str:
     if os.path.exists(os.path.join(path, "noise.json")):
         return path
     model, tokenizer = models.load("toy", MODEL, "cpu")
-    rows = read_prompts(os.path.join(cat.TOY, "eval.jsonl"))
+    rows = read_prompts(os.path.join(TOY, "cat", "eval.jsonl"))
     anchor = models.LocalModel(model, tokenizer)
     texts = [y[0] for y in anchor.complete([r["prompt"] for r in rows], max_new_tokens=48)]
     rubrics, clean = cat.propose_rubrics([r["prompt"] for r in rows], texts, anchor, max_new_tokens=512), [p.clone() for p in model.parameters()]
@@ -193,8 +193,8 @@ def sft(seed: int, lora: bool, steps: int = 180, batch: int = 32, lr: float = 5e
     """CaT-SFT: cross-entropy on references that the initial policy made once, stopped early on the held-out facts -> scores before and after."""
     policy, tokenizer = models.load("toy", MODEL, "cpu", train=True)
     anchor = models.LocalModel(*models.load("toy", MODEL, "cpu"))
-    prompts = [r["prompt"] for r in read_prompts(os.path.join(cat.TOY, "prompts.jsonl"))]
-    rows = read_prompts(os.path.join(cat.TOY, "eval.jsonl"))
+    prompts = [r["prompt"] for r in read_prompts(os.path.join(TOY, "cat", "prompts.jsonl"))]
+    rows = read_prompts(os.path.join(TOY, "cat", "eval.jsonl"))
     references = cat.synthesize(prompts, anchor.complete(prompts, n=8, max_new_tokens=48), anchor, max_new_tokens=48)
     stop, rng = models.end_of_turn(tokenizer), random.Random(seed)
     torch.manual_seed(seed)

@@ -317,12 +317,12 @@ def judge_skill(references: list, rubrics: list, model) -> dict:
     return {name: sum(v) / len(v) if v else math.nan for name, v in right.items()}
 
 
-def show(question: str, rollouts: list, reference, rubric: list, verdicts: list, rewards) -> str:
-    """One prompt's story: the reference, the criteria, each rollout's verdicts and reward."""
+def show(question: str, rollouts: list, rewards, *, reference=None, rubric=(), verdicts=()) -> str:
+    """One prompt's story: the reference, its criteria; of each rollout reward, verdicts, text."""
     words, lines = {True: "yes", False: "no", None: "?"}, [f"question: {one_line(question)}"]
-    lines += ["", f"reference: {one_line(reference)}", ""]
-    lines += [f"criterion {i}: {one_line(c)}" for i, c in enumerate(rubric, 1)] + [""]
-    for y, row, reward in zip(rollouts, verdicts or [[]] * len(rollouts), rewards):
+    lines += [f"reference: {one_line(reference)}"] if reference is not None else []
+    lines += [f"criterion {i}: {one_line(criterion)}" for i, criterion in enumerate(rubric, 1)]
+    for y, reward, row in zip(rollouts, rewards, verdicts or [()] * len(rollouts)):
         marks = "".join(f"{words[v]:>4}" for v in row)
         lines.append(f"reward {reward:.2f}{marks}  {one_line(y)}")
     return "\n".join(lines) + "\n"
@@ -350,13 +350,15 @@ def main():
     if not hasattr(model, "logprob") and o.estimator in ("min-perplexity", "mutual-predictability"):
         raise ValueError(f"--estimator {o.estimator} needs a local model's log-probabilities")
     references = estimators(model, style=o.style, **settings)[o.estimator]([o.prompt], rollouts)
+    story = {"reference": references[0]}
     if o.style == "stepwise":
-        rubrics, verdicts, rewards = [[]], [[]], answer_rewards(rollouts, references)
+        rewards = answer_rewards(rollouts, references)
     else:
         rubrics = propose_rubrics([o.prompt], references, model, max_new_tokens=512, seed=o.seed)
         verdicts = judge_rubrics(rollouts, rubrics, judge)
         rewards = rubric_rewards(verdicts)
-    print(show(o.prompt, rollouts[0], references[0], rubrics[0], verdicts[0], rewards.tolist()))
+        story |= {"rubric": rubrics[0], "verdicts": verdicts[0]}
+    print(show(o.prompt, rollouts[0], rewards.tolist(), **story))
 
 
 if __name__ == "__main__":

@@ -24,9 +24,10 @@ import cat
 import cme
 import grpo
 from evaluate import held_out, score
-from plumbing import TOY, one_clear_line, one_line, option, progress
+from plumbing import TOY, one_clear_line, option, progress
 from plumbing.files import append_line, read_lines, write_lines
 from plumbing.models import LocalModel, chat_ids, end_of_turn, response_texts, token_budget
+from plumbing.prompts import question_text
 from plumbing.run import Run, begin, finish, metrics_of, numbers, prepare, record, train_options
 
 TOYS = {  # what is taken where nothing is given: model, prompts, held-out ones, lr, steps
@@ -291,20 +292,17 @@ def anchor_skills(run: Run) -> dict:
 
 
 def show_samples(run: Run, G, step: int, rows: list, ids, lengths, rewards, counted, told: dict):
-    """The first prompt's group to samples.jsonl, with its rewards (with `cme` of each token) and
-    what CaT tells; to the screen the best, the worst, the reference and the rubric."""
+    """The first prompt's group to the screen, and to samples.jsonl with the tokens (their rewards
+    with `cme`)."""
     texts, _ = response_texts(run.tokenizer, ids[:G], lengths[:G], run.stop_ids)
     rewards = torch.where(counted, rewards, math.nan)[:G]
     tokens = [[run.tokenizer.decode([i]) for i in y[:n]] for y, n in zip(ids[:G], lengths)]
-    sample = {"step": step, "prompt": rows[0]["prompt"], "responses": texts, "tokens": tokens,
-              "rewards": rewards.tolist()} | {name: of[0] for name, of in told.items()}
-    append_line(f"{run.options.output_dir}/samples.jsonl", sample)
-    means = rewards.view(len(texts), -1).nanmean(1).nan_to_num(-math.inf)
-    shown = [(f"best, {means.max():.2f}", texts[means.argmax()]),
-             (f"worst, {means.min():.2f}", texts[means.argmin()])]
-    shown += [(name, str(sample[name])) for name in ("reference", "rubric") if name in sample]
-    for name, text in shown:
-        tqdm.write(f"  {name}: {one_line(text)}", file=sys.stdout)
+    prompt, story = rows[0]["prompt"], {name: of[0] for name, of in told.items()}
+    sample = {"step": step, "prompt": prompt, "responses": texts, "tokens": tokens}
+    append_line(f"{run.options.output_dir}/samples.jsonl",
+                sample | {"rewards": rewards.tolist()} | story)
+    means = rewards.view(len(texts), -1).nanmean(1).tolist()
+    tqdm.write(cat.show(question_text(prompt), texts, means, **story), file=sys.stdout)
 
 
 # The algorithm

@@ -357,15 +357,12 @@ def test_one_screen(capsys, monkeypatch):
 
 def test_the_story_of_one_prompt():
     """Byte for byte, with what is missing, and no escape sequences of a model's."""
-    story = cat.show("Why?", ["a\x1b[1m", "b"], "s\nt", ["is a", "is\nb"], [[True, None], [False, True]], [1, math.nan])
+    story = cat.show("Why?", ["a\x1b[1m", "b"], [1, math.nan], reference="s\nt", rubric=["is a", "is\nb"], verdicts=[[True, None], [False, True]])
     assert story == """question: Why?
-
 reference: s t
-
 criterion 1: is a
 criterion 2: is b
-
 reward 1.00 yes   ?  a [1m
 reward nan  no yes  b
 """
-    assert cat.show("Why?", ["a"], None, [], [], [0.5]).endswith("reference: (none)\n\n\nreward 0.50  a\n")
+    assert cat.show("Why?", ["a"], [0.5]) == "question: Why?\nreward 0.50  a\n"

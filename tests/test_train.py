@@ -104,7 +104,7 @@ def test_a_run_leaves_what_it_promises(whole):
             counted = [r for r in rewards if r is not None]
             means.append(sum(counted) / len(counted))
         for i in (means.index(max(means)), means.index(min(means))):
-            assert f"{means[i]:.2f}: {s['responses'][i]}" in out
+            assert f"reward {means[i]:.2f}  {s['responses'][i]}" in out
     assert "before" in out and "after" in out and str(run) in out
     policy = models.load_model(str(run / "checkpoint-000006"), train=True, device="cpu")                    # what transformers loads again
     assert policy.dtype == torch.float32 and models.load_tokenizer(str(run / "checkpoint-000006")).chat_template

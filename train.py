@@ -145,7 +145,8 @@ def cat_rewards(run: Run, rows: list, rollouts: list, seed: int):
     settings, points = {"temperature": o.temperature}, None
     from_question = o.reward == "cat" and o.rubric_from == "question"
     if o.reward != "rubric-given" and not from_question:
-        style = "stepwise" if o.reward == "cat-answer" else "freeform"
+        final = o.reward == "cat-answer" or rows[0]["answer"] is not None  # an answer in a box
+        style = "stepwise" if final else "freeform"
         estimators = cat.estimators(
             run.anchor, seed=seed, style=style, max_new_tokens=o.max_new_tokens,
             question=o.question_in_synthesis, **settings)
@@ -324,7 +325,7 @@ def train(run: Run) -> dict:
         prompt_ids, ids, lengths = batch = rollout(run, rows, step)
 
         # 2. their rewards: what the verifier thinks of each token, or agreement with the reference
-        seed = 8 * (o.seed * 1_000_003 + step)
+        seed = 8 * (o.seed * 1_000_003 + step)  # of synthesis; the rubrics' is one more
         rewards, counted, told = step_rewards(run, rows, *batch, seed)
 
         # 3. compared within the group

@@ -172,15 +172,12 @@ class LocalModel:
         self.stop_ids = find_stop_ids(model, tokenizer)
         self.sampling = {"top_k": top_k, "top_p": top_p, "stop_ids": self.stop_ids}
 
-    def prompt_ids(self, prompt) -> list:
-        return chat_ids(self.tokenizer, prompt)
-
     def complete(self, prompts: list, **settings) -> list:
         return [[reply.response for reply in group] for group in self.replies(prompts, **settings)]
 
     def replies(self, prompts, *, n=1, max_new_tokens: int, temperature=1.0, seed=0) -> list:
         """n answers to each of P prompts, in batches of like length -> P lists of n Reply."""
-        ids = [self.prompt_ids(prompt) for prompt in prompts]
+        ids = [chat_ids(self.tokenizer, prompt) for prompt in prompts]
         sizes, result = [len(row) + max_new_tokens for row in ids], [[Reply()] * n for _ in ids]
         settings = self.sampling | {"max_new_tokens": max_new_tokens, "temperature": temperature}
         for b, part in enumerate(batches(sizes, self.batch_tokens, self.context, n)):
@@ -196,10 +193,11 @@ class LocalModel:
     @torch.no_grad()
     def logprob(self, prompts: list, texts: list) -> torch.Tensor:
         """Mean log-probability of each text's tokens, without a stop token -> [B]; NaN if empty."""
-        before, result = [self.prompt_ids(p) for p in prompts], torch.full((len(texts),), torch.nan)
+        before = [chat_ids(self.tokenizer, prompt) for prompt in prompts]
         plain = {"add_special_tokens": False, "split_special_tokens": True}
         after = [self.tokenizer(text, **plain).input_ids for text in texts]
         sizes = [len(b) + len(a) for b, a in zip(before, after)]
+        result = torch.full((len(texts),), torch.nan)
         for part in batches(sizes, self.batch_tokens, self.context):
             ids, lengths = grpo.pad([after[i] for i in part], self.model.device)
             logp = grpo.token_logprobs(self.model, [before[i] for i in part], ids, lengths)
@@ -217,7 +215,8 @@ class LocalModel:
             words.append(sorted({word[0] for word in ids if len(word) == 1}))
         if not all(words) or set(words[0]) & set(words[1]):
             raise ValueError("a local judge needs a tokenizer with single tokens for yes and no")
-        rows, result = [self.prompt_ids(p) for p in prompts], torch.full((len(prompts),), torch.nan)
+        rows = [chat_ids(self.tokenizer, prompt) for prompt in prompts]
+        result = torch.full((len(prompts),), torch.nan)
         for part in batches(list(map(len, rows)), self.batch_tokens, self.context):
             ids, lengths = grpo.pad([rows[i] for i in part], self.model.device)
             hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state

@@ -6,8 +6,8 @@ thinks of each word.  CaT (arXiv 2509.14234): agreement with a reference made of
     python train.py --resume                   # continue the newest run; recipes: README.md
 
 Deliberate departures from the papers: at the heads of align.py, grpo.py, cme.py, cat.py; defaults
-are the toy's; AdamW's weight decay is 0; CaT-SFT trains all weights (the paper: LoRA), and early
-stopping is --keep best.  Letters as in grpo.py.
+are the toy's; AdamW's weight decay is 0; CaT-SFT trains all weights without --lora_rank, and
+early stopping is --keep best.  Letters as in grpo.py.
 """
 
 import json
@@ -76,6 +76,7 @@ class Options:
     updates_per_rollout: int = option(1, "optimiser steps on each batch of rollouts")
     micro_batch: int = option(32, "responses per forward and backward pass; same gradient")
     batch_tokens: int = option(0, "tokens of a batch of rollouts; 0: what suits the device")
+    lora_rank: int = option(0, "train an adapter only, of this rank (pip install peft); 0: all")
     max_grad_norm: float = option(1.0, "the gradient's norm is clipped at this; 0: never")
     seed: int = option(0, "of the order of prompts and of sampling")
     output_dir: str = option("", "where all goes; empty: runs/REWARD-DATE-TIME, or the newest")

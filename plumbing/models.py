@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import grpo
+from plumbing.files import read_json
 from plumbing.prompts import messages_of
 
 # What weights of a multimodal checkpoint (old layout, new) are called in its text model alone.
@@ -25,14 +26,17 @@ load_tokenizer = AutoTokenizer.from_pretrained  # from a folder, or by its name 
 
 def load_model(path: str, *, train: bool, device):
     """A causal language model from a folder or by its hub name, in eval mode, without dropout; of a
-    multimodal one (Gemma 3, 3n, 4) the text model, without its towers.
+    multimodal one (Gemma 3, 3n, 4) the text model, without its towers; from a folder of a LoRA
+    adapter, with its base, which is frozen.
 
     train: float32 weights with gradients (AdamW at 1e-6 changes nothing in bf16); else frozen, bf16
     on CUDA.  ValueError: missing weights; `grpo.model_logits` does not give the model's own."""
     exact = train or torch.device(device).type == "cpu"
     dtype, tolerance = (torch.float32, 1e-4) if exact else (torch.bfloat16, 2e-2)
     random, path = path.startswith(RANDOM), path.removeprefix(RANDOM)
-    config = AutoConfig.from_pretrained(path).get_text_config()
+    adapter = read_json(f"{path}/adapter_config.json")
+    base = adapter.get("base_model_name_or_path", path)
+    config = AutoConfig.from_pretrained(base).get_text_config()
     config.update({name: 0.0 for name in vars(config) if "drop" in name})  # in training mode too
     if random:
         torch.manual_seed(0)
@@ -46,7 +50,9 @@ def load_model(path: str, *, train: bool, device):
     if model.num_parameters() < 10e6:
         torch.set_num_threads(1)  # more only hurt tiny models
     vars(model).pop("_weight_conversions", None)  # saved as what it is now, a text model
-    model = model.to(device).eval().requires_grad_(train)
+    model = model.to(device).eval()
+    for name, weights in model.named_parameters():
+        weights.requires_grad_(train and (not adapter or "lora_" in name))
     ids = torch.arange(8, device=device)[None] % config.vocab_size
     with torch.no_grad():
         own = model(input_ids=ids).logits.float()

@@ -81,6 +81,10 @@ def prepare(o) -> Run:
         raise ValueError(f"--output_dir {o.output_dir} is in use; give another one, or --resume")
     device, start = pick_device(o.device), (checkpoints(o.output_dir) or [o.generator])[-1]
     policy, tokenizer = load("--generator", start, device, train=True)
+    if o.lora_rank and start == o.generator:
+        from peft import LoraConfig
+        torch.manual_seed(o.seed)
+        policy.add_adapter(LoraConfig(r=o.lora_rank, target_modules="all-linear"))
     rows = read_prompts(o.prompts)
     rows = draw_prompts(rows, tokenizer) if o.prompts == "ultrafeedback" else rows
     rows = with_suffix(rows, o.suffix)

@@ -258,6 +258,25 @@ def test_missing_references_have_no_score(tmp_path, few):
     assert "single: facts" in skills and "synthesis: facts" not in skills and skills["judge: true"] is None
 
 
+def test_lora(tmp_path, few):
+    """CaT-SFT of an adapter: killed and resumed to the bit; the base stays as it was; evaluate.py takes what came out."""
+    pytest.importorskip("peft")
+    arguments = ["--reward", "cat-sft", "--lora_rank", 4, "--steps", 4, "--save_every", 2, "--lr", 1e-2]
+    for folder, patch in (("a", lambda: None), ("b", kill_at(train, "update", 4))):
+        (tmp_path / folder).mkdir()
+        status, out, err = run(tmp_path / folder, few, *arguments, patch=patch)
+        assert status == (0 if folder == "a" else -signal.SIGKILL), err
+    status, out, err = fork(["--resume", "--output_dir", tmp_path / "b/run"], tmp_path / "b")
+    adapters = [(tmp_path / f / "run/checkpoint-000004/adapter_model.safetensors").read_bytes() for f in "ab"]
+    assert status == 0 and adapters[0] == adapters[1] and len(adapters[0]) < 1e6, err
+    assert all(m["grad_norm"] > 0 for m in rows(tmp_path / "a/run/metrics.jsonl")[1:])
+    tuned = models.load_model(str(tmp_path / "a/run/checkpoint-000004"), train=True, device="cpu")
+    assert {n for n, p in tuned.named_parameters() if p.requires_grad} == {n for n, _ in tuned.named_parameters() if "lora_" in n} != set()
+    assert all(p.any() for n, p in tuned.named_parameters() if "lora_B" in n)  # they begin as 0
+    plain = dict(models.load_model("toy/cat/model", train=False, device="cpu").named_parameters())
+    assert all(torch.equal(p, plain[n.replace(".base_layer", "")]) for n, p in tuned.named_parameters() if "lora_" not in n)
+
+
 def test_the_best_model_survives_a_kill(tmp_path, few):
     """Killed after a new best model and before the next checkpoint is due: it is there after a worse end."""
     scores = iter([0.1, 0.5, 0.9, 0.95])

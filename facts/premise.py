@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts
 import cme  # noqa: E402
 from plumbing import one_clear_line, progress  # noqa: E402
-from plumbing.files import append_line, read_json, read_lines  # noqa: E402
+from plumbing.files import append_line, read_json, read_lines, write_lines  # noqa: E402
 from plumbing.models import load, pick_device  # noqa: E402
 from plumbing.statistics import logistic  # noqa: E402
 
@@ -44,8 +44,10 @@ def read_pairs(paths: list, instructions: int, seed: int = 0) -> list:
 
 def score_all(pairs: list, verifier: str, path: str, device, batch_tokens: int) -> dict:
     """{(instruction, response): (verifier's tokens, sum of their log-probabilities in nats)}."""
+    scored = read_lines(path)
+    write_lines(path, scored)  # without half a line, if it was killed
     done = {(row["instruction"], row["response"]): (row["tokens"], row["logp"])
-            for row in read_lines(path, mend=True) if row["verifier"] == verifier}
+            for row in scored if row["verifier"] == verifier}
     todo = {(x, y): None for x, a, b, _ in pairs for y in (a, b) if (x, y) not in done}
     by_prompt = {}
     for x, y in todo:

@@ -21,7 +21,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 import cat  # noqa: E402
 import grpo  # noqa: E402
 from evaluate import fact_right, held_out  # noqa: E402
-from plumbing.files import append_line, read_lines  # noqa: E402
+from plumbing.files import append_line, read_lines, write_lines  # noqa: E402
 from plumbing.prompts import read_prompts  # noqa: E402
 from plumbing import TOY, models
 
@@ -225,6 +225,7 @@ def training(folder: str, seeds: int, few: int) -> dict:
     """Every run for every seed, one line in results.jsonl each -> {name: {seed: result}}. Ctrl-C leaves the rest for another time."""
     path = os.path.join(folder, "results.jsonl")
     done = {(r["name"], r["seed"]): r for r in read_lines(path)}
+    write_lines(path, done.values())  # without half a line, if it was killed
     jobs = {name: lambda s, n=name: train_run(folder, n, s) for name in RUNS}
     jobs |= {"SFT": lambda s: sft(s, lora=False), "SFT, LoRA": lambda s: sft(s, lora=True)}
     jobs |= {name: lambda s, n=name: train_run(folder, n, s) for name in ABLATIONS}

@@ -103,3 +103,12 @@ def test_one_judgement(kind, text, right):
     [row] = [r for r in TABLE if r["subject"] == "Australia"]
     fact = {"right": row["right"], "wrong": make.wrong_values(row, TABLE)}
     assert evaluate.fact_right(text, fact) is right
+
+
+def test_knows(capsys, monkeypatch):
+    """A toy verifier knows none of these facts, but the counts are of every third question."""
+    from facts import knows
+    monkeypatch.setattr(sys, "argv", ["knows.py", "toy/cme/verifier"])
+    knows.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 4 and sum(int(line.split()[-1]) for line in lines if not line.startswith('"')) == 53

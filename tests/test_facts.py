@@ -105,10 +105,15 @@ def test_one_judgement(kind, text, right):
     assert evaluate.fact_right(text, fact) is right
 
 
-def test_knows(capsys, monkeypatch):
-    """A toy verifier knows none of these facts, but the counts are of every third question."""
+def test_knows(capsys, monkeypatch, tmp_path):
+    """A toy verifier knows none of these facts, but the counts are of every third question; a copied question is seen, an answer is none."""
     from facts import knows
-    monkeypatch.setattr(sys, "argv", ["knows.py", "toy/cme/verifier"])
+    say = {True: "The capital of {} is {}.", False: "It is Atlantis."}
+    rows = [{"response": say[i % 2 == 0].format(asked["subject"], asked["subject"])} for i, (_, asked) in enumerate(knows.questions())]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capitals = [i for i, (_, asked) in enumerate(knows.questions()) if asked["kind"] == "capital"]
+    monkeypatch.setattr(sys, "argv", ["knows.py", "toy/cme/verifier", str(tmp_path / "r.jsonl")])
     knows.main()
-    lines = capsys.readouterr().out.splitlines()
+    *lines, last = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and sum(int(line.split()[-1]) for line in lines if not line.startswith('"')) == 53
+    assert f": {sum(i % 2 == 0 for i in capitals)} of {len(capitals)} answers" in last

@@ -14,7 +14,6 @@ difference, length difference), both standardised: what the reward says at equal
 """
 
 import argparse
-import json
 import os
 import random
 import sys

@@ -165,8 +165,8 @@ def record(run: Run, optimizer, step: int, row: dict):
     metrics = f"{o.output_dir}/metrics.jsonl"
     if "held_out" in row:
         tqdm.write(f"step {step}: {numbers(row['held_out'])}", file=sys.stdout)
-    before = max(map(validation, read_lines(metrics)), default=-1)
-    best = o.keep == "best" and validation(row) > before
+    best = o.keep == "best" and validation(row) > max(
+        map(validation, read_lines(metrics)), default=-1)
     append_line(metrics, row)
     if step and (best or step % o.save_every == 0 or step == o.steps):
         state = {"step": step, "optimizer": optimizer.state_dict()}

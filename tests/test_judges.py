@@ -323,7 +323,7 @@ def test_dead_server_and_wrong_key(folder, tmp_path, serve):  # noqa: F811
     out_of_credit = serve(lambda n, body: longer(n, body) if n < 10 else bad(402))
     arguments = ["--output_dir", folder, "--judge", f"credit=m@{out_of_credit.url}"]
     status, _, err = run(tmp_path, *arguments)
-    assert status == 1 and "402" in err.splitlines()[-1] and 0 <= len(lines(folder / "judges/credit.jsonl")) <= 10
+    assert status == 1 and "402" in err.splitlines()[-1] and lines(folder / "judges/credit.jsonl") == []  # of the part in which it fails
     out_of_credit.script = longer
     assert run(tmp_path, *arguments)[0] == 0 and [p["missing"] for p in report(folder)["pairs"]] == [0] * 6
     status, _, err = run(tmp_path, "--output_dir", folder, "--judge", f"k=m@{serve([bad(401)]).url}")

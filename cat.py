@@ -7,7 +7,7 @@ A `model` is a text model (plumbing/models.py), rollouts are P lists of G texts,
 What could not be had is None, its reward NaN: no reference, criterion or verdict is made up.
 Deliberate departures from the paper:
  1. The prompts are ours (Appendix 11 is lost in our copy); what a model wrote is in a `block`.
- 2. A local judge is read from the probabilities of yes and no, not sampled: one forward pass.
+ 2. A local judge's verdict is its first token, yes or no: one forward pass.
  3. A verdict that cannot be read is asked for once more, then left out of Eq. 4.  A rubric may have
     fewer than five criteria; the judge does not see the question (evaluate.py's does).
  4. Answers are equal if their normal forms are: so votes are well defined.
@@ -253,17 +253,15 @@ def decide(asks: list, model, *, read=read_verdict, max_new_tokens: int = 512) -
     default True for yes, False for no.  Equal prompts are asked once, None is not asked."""
     flat, shape = tree_flatten(asks)
     found = dict.fromkeys(x for x in flat if x)
-    if read is read_verdict and hasattr(model, "yes_probability"):
-        p = zip(found, model.yes_probability([*found]).tolist())
-        found = {x: None if math.isnan(yes) or yes == 0.5 else yes > 0.5 for x, yes in p}
-    else:
-        for temperature in (0.0, 1.0):  # greedy; what could not be read, once more
-            settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-            missing = [x for x in found if found[x] is None]
-            replies = model.complete(missing, **settings) if missing else []
-            found |= {x: read(reply) for x, [reply] in zip(missing, replies)}
-            if unread := [reply for x, [reply] in zip(missing, replies) if found[x] is None]:
-                model.last_error = model.last_error or f"it wrote {one_line(unread[0])[:99]!r}"
+    if read is read_verdict:
+        max_new_tokens = min(max_new_tokens, getattr(model, "verdict_tokens", max_new_tokens))
+    for temperature in (0.0, 1.0):  # greedy; what could not be read, once more
+        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
+        missing = [x for x in found if found[x] is None]
+        replies = model.complete(missing, **settings) if missing else []
+        found |= {x: read(reply) for x, [reply] in zip(missing, replies)}
+        if unread := [reply for x, [reply] in zip(missing, replies) if found[x] is None]:
+            model.last_error = model.last_error or f"it wrote {one_line(unread[0])[:99]!r}"
     return tree_unflatten([found.get(x) for x in flat], shape)
 
 

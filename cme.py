@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from align import align, spans_from_ids, spans_from_text, visible
-from grpo import pad, token_logprobs
-from plumbing.models import batches, chat_ids, context_of, without_stop
+from plumbing.models import answer_logprobs, plain_ids, without_stop
 
 
 def aligned_rewards(values, source, text, target, credit: str = "token"):
@@ -65,7 +64,7 @@ def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: li
     rows, _ = without_stop(ids, lengths, stop_ids)
     generated = [spans_from_ids(generator_tokenizer, y) for y in rows]  # B x (text, [T, 2])
     read = [spans_from_text(verifier_tokenizer, text) for text, _ in generated]  # B x (ids, [N, 2])
-    scored = verifier_logprobs(verifier, verifier_tokenizer, prompts, [v_ids for v_ids, _ in read])
+    scored = answer_logprobs(verifier, verifier_tokenizer, prompts, [v_ids for v_ids, _ in read])
     rewards, mask = np.zeros(ids.shape, np.float32), np.zeros(ids.shape, bool)
     for i, ((text, target), (_, source)) in enumerate(zip(generated, read)):
         found = aligned_rewards(scored[i], source, text, target, credit)
@@ -78,35 +77,6 @@ def sequence_rewards(verifier, verifier_tokenizer, prompts: list, texts: list) -
 
     prompts and texts: B of each.  An empty text has no mean: NaN, which `grpo.group_advantages`
     leaves out.  Log-probabilities -1, -2, -6 -> -3."""
-    plain = {"add_special_tokens": False, "split_special_tokens": True}
-    answers = [verifier_tokenizer(text, **plain).input_ids for text in texts]
-    scored = verifier_logprobs(verifier, verifier_tokenizer, prompts, answers)
+    answers = plain_ids(verifier_tokenizer, texts)
+    scored = answer_logprobs(verifier, verifier_tokenizer, prompts, answers)
     return torch.tensor([v.mean() if len(v) else np.nan for v in scored], dtype=torch.float32)
-
-
-@torch.no_grad()
-def verifier_logprobs(verifier, tokenizer, prompts: list, answers: list, *, batch_tokens=4096):
-    """log p_V(v_j | x, v_<j) of B answers (lists of ids) to B prompts -> B arrays [N], nats.
-
-    Batches of like length hold at most `batch_tokens`; equal rows are scored once, and so equal to
-    the bit.  ValueError: an answer that does not fit the context."""
-    context, rows = context_of(verifier), []
-    rendered = {repr(prompt): prompt for prompt in prompts}
-    rendered = {key: chat_ids(tokenizer, prompt) for key, prompt in rendered.items()}
-    for prompt, answer in zip(prompts, answers, strict=True):
-        before = rendered[repr(prompt)]
-        excess = max(0, len(before) + len(answer) - context)
-        if excess >= len(before):
-            raise ValueError(f"a response of {len(answer)} tokens leaves no room in the verifier's "
-                             f"context of {context}: lower max_new_tokens")
-        rows.append((tuple(before[:1] + before[1 + excess :]), tuple(answer)))
-    scores = {row: np.zeros(0) for row in rows}
-    unique = sorted({row for row in rows if row[1]}, key=lambda row: (len(row[0] + row[1]), row))
-    for part in batches([len(before + answer) for before, answer in unique], batch_tokens):
-        befores, answers = zip(*(unique[i] for i in part))
-        ids, lengths = pad(answers, verifier.device)
-        logp = token_logprobs(verifier, befores, ids, lengths).double().cpu().numpy()
-        if not np.isfinite(logp).all():
-            raise FloatingPointError("the verifier's log-probabilities are not finite (precision?)")
-        scores.update((unique[i], values[:n]) for i, values, n in zip(part, logp, lengths))
-    return [scores[row] for row in rows]

@@ -21,10 +21,9 @@ import sys
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts
-import cme  # noqa: E402
 from plumbing import one_clear_line, progress  # noqa: E402
 from plumbing.files import append_line, read_json, read_lines, write_lines  # noqa: E402
-from plumbing.models import load, pick_device  # noqa: E402
+from plumbing.models import answer_logprobs, load, pick_device, plain_ids  # noqa: E402
 from plumbing.statistics import logistic  # noqa: E402
 
 
@@ -52,11 +51,9 @@ def score_all(pairs: list, verifier: str, path: str, device, batch_tokens: int) 
     for x, y in todo:
         by_prompt.setdefault(x, []).append(y)
     model, tokenizer = load("--verifier", verifier, device) if todo else (None, None)
-    plain = {"add_special_tokens": False, "split_special_tokens": True}
     for x, texts in progress(by_prompt.items(), desc="scoring"):
-        answers = tokenizer(texts, **plain).input_ids
-        scored = cme.verifier_logprobs(model, tokenizer, [x] * len(texts), answers,
-                                       batch_tokens=batch_tokens)
+        scored = answer_logprobs(model, tokenizer, [x] * len(texts), plain_ids(tokenizer, texts),
+                                 batch_tokens=batch_tokens)
         for y, v in zip(texts, scored):
             done[x, y] = len(v), float(v.sum())
             append_line(path, {"verifier": verifier, "instruction": x, "response": y,

@@ -2,12 +2,13 @@
 
 A text model has complete(prompts, *, n, max_new_tokens, temperature, seed) -> P lists of n texts,
 None where none was to be had (last_error: why, of a server); a local one also
-logprob(prompts, texts) -> [B] and yes_probability(prompts) -> [B].
+logprob(prompts, texts) -> [B].
 """
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -159,6 +160,41 @@ def response_texts(tokenizer, ids: torch.Tensor, lengths: torch.Tensor, stop_ids
     return [tokenizer.decode(y, skip_special_tokens=True) for y in rows], stopped
 
 
+def plain_ids(tokenizer, texts: list) -> list:
+    """Lists of ids of texts as such: no special token is added, the spelling of one is text."""
+    plain = {"add_special_tokens": False, "split_special_tokens": True}
+    return [tokenizer(text, **plain).input_ids for text in texts]
+
+
+@torch.no_grad()
+def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens: int = 4096):
+    """log p(v_j | x, v_<j) of B answers (lists of ids) to B prompts -> B arrays [N], nats.
+
+    Batches of like length hold at most `batch_tokens`; equal rows are scored once, and so equal to
+    the bit.  Where both exceed the context, the prompt loses its oldest tokens, all but its first.
+    ValueError: an answer that does not fit."""
+    context, rows = context_of(model), []
+    rendered = {repr(prompt): prompt for prompt in prompts}
+    rendered = {key: chat_ids(tokenizer, prompt) for key, prompt in rendered.items()}
+    for prompt, answer in zip(prompts, answers, strict=True):
+        before = rendered[repr(prompt)]
+        excess = max(0, len(before) + len(answer) - context)
+        if excess >= len(before):
+            raise ValueError(f"a response of {len(answer)} tokens leaves no room in the context of "
+                             f"{context} tokens: lower max_new_tokens")
+        rows.append((tuple(before[:1] + before[1 + excess :]), tuple(answer)))
+    scores = {row: np.zeros(0) for row in rows}
+    unique = sorted({row for row in rows if row[1]}, key=lambda row: (len(row[0] + row[1]), row))
+    for part in batches([len(before + answer) for before, answer in unique], batch_tokens):
+        befores, answers = zip(*(unique[i] for i in part))
+        ids, lengths = grpo.pad(answers, model.device)
+        logp = grpo.token_logprobs(model, befores, ids, lengths).double().cpu().numpy()
+        if not np.isfinite(logp).all():
+            raise FloatingPointError("log-probabilities are not finite (precision?)")
+        scores.update((unique[i], values[:n]) for i, values, n in zip(part, logp, lengths))
+    return [scores[row] for row in rows]
+
+
 class Reply(NamedTuple):
     """A text, None if prompt and answer do not fit; whether it had a stop token; its tokens."""
     response: str | None = None
@@ -168,9 +204,9 @@ class Reply(NamedTuple):
 
 class LocalModel:
     """A text model from a transformers causal language model and its tokenizer.  What does not fit
-    the model's context is missing: None from `complete`, NaN from the others."""
+    the model's context is missing."""
 
-    last_error = ""
+    last_error, verdict_tokens = "", 1  # a yes or no is the first token of a reply
 
     def __init__(self, model, tokenizer, *, top_k=0, top_p=1.0, batch_tokens: int = 0):
         self.model, self.tokenizer, self.context = model, tokenizer, context_of(model)
@@ -196,41 +232,11 @@ class LocalModel:
                 result[i] = replies[k * n : (k + 1) * n]
         return result
 
-    @torch.no_grad()
     def logprob(self, prompts: list, texts: list) -> torch.Tensor:
         """Mean log-probability of each text's tokens, without a stop token -> [B]; NaN if empty."""
-        before = [chat_ids(self.tokenizer, prompt) for prompt in prompts]
-        plain = {"add_special_tokens": False, "split_special_tokens": True}
-        after = [self.tokenizer(text, **plain).input_ids for text in texts]
-        sizes = [len(b) + len(a) for b, a in zip(before, after)]
-        result = torch.full((len(texts),), torch.nan)
-        for part in batches(sizes, self.batch_tokens, self.context):
-            ids, lengths = grpo.pad([after[i] for i in part], self.model.device)
-            logp = grpo.token_logprobs(self.model, [before[i] for i in part], ids, lengths)
-            result[part] = (logp.sum(1) / lengths).cpu()
-        return result
-
-    @torch.no_grad()
-    def yes_probability(self, prompts: list) -> torch.Tensor:
-        """p(yes) / (p(yes) + p(no)) of the reply's first token, in the spellings that are one token
-        -> [B]; NaN if both together are under 0.1.  ValueError: there are no such tokens."""
-        words = []
-        for w in ("yes", "no"):
-            spelled = [w, w.title(), w.upper(), f" {w}", f" {w.title()}"]
-            ids = self.tokenizer(spelled, add_special_tokens=False).input_ids
-            words.append(sorted({word[0] for word in ids if len(word) == 1}))
-        if not all(words) or set(words[0]) & set(words[1]):
-            raise ValueError("a local judge needs a tokenizer with single tokens for yes and no")
-        rows = [chat_ids(self.tokenizer, prompt) for prompt in prompts]
-        result = torch.full((len(prompts),), torch.nan)
-        for part in batches(list(map(len, rows)), self.batch_tokens, self.context):
-            ids, lengths = grpo.pad([rows[i] for i in part], self.model.device)
-            hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            hidden = hidden[torch.arange(len(part)), lengths - 1]  # [b, D]
-            p = grpo.model_logits(self.model, hidden).softmax(-1)  # [b, V]
-            yes, no = (p[:, ids].sum(1) for ids in words)
-            result[part] = torch.where(yes + no >= 0.1, yes / (yes + no), torch.nan).cpu()
-        return result
+        answers = plain_ids(self.tokenizer, texts)
+        found = answer_logprobs(self.model, self.tokenizer, prompts, answers, self.batch_tokens)
+        return torch.tensor([v.mean() if len(v) else torch.nan for v in found])
 
 
 class Endpoint:

@@ -84,8 +84,8 @@ def test_rows_do_not_depend_on_their_neighbours(toy):
     for i in range(len(TEXTS)):
         alone, _ = cme.token_rewards(model, verifier_tokenizer, tokenizer, prompts[i:i + 1], ids[i:i + 1, :lengths[i]], lengths[i:i + 1])
         torch.testing.assert_close(together[i, :lengths[i]], alone[0], atol=1e-4, rtol=0)
-    small = cme.verifier_logprobs(model, verifier_tokenizer, prompts, read(verifier_tokenizer, TEXTS), batch_tokens=1)
-    large = cme.verifier_logprobs(model, verifier_tokenizer, prompts, read(verifier_tokenizer, TEXTS))
+    small = models.answer_logprobs(model, verifier_tokenizer, prompts, read(verifier_tokenizer, TEXTS), batch_tokens=1)
+    large = models.answer_logprobs(model, verifier_tokenizer, prompts, read(verifier_tokenizer, TEXTS))
     for a, b, text in zip(small, large, TEXTS):
         assert a.shape == b.shape == (len(read(verifier_tokenizer, [text])[0]),)
         np.testing.assert_allclose(a, b, atol=1e-4)
@@ -158,7 +158,7 @@ def test_a_verifier_that_is_not_finite_says_so(toy):
     model, tokenizer = copy.deepcopy(toy["verifier"][0]), toy["verifier"][1]
     with torch.no_grad():
         model.base_model.norm.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="verifier"):
+    with pytest.raises(FloatingPointError, match="log-probabilities"):
         cme.sequence_rewards(model, tokenizer, [PROMPT], ["Mia"])
 
 
@@ -226,12 +226,12 @@ def test_word_credit_keeps_the_total(toy):
 
 def rows_read(monkeypatch):
     """What the verifier is given from here on: a list of (prompt ids, answer ids), filled as it reads."""
-    rows, real = [], cme.token_logprobs
+    rows, real = [], grpo.token_logprobs
 
     def spy(model, befores, ids, lengths):
         rows.extend((list(b), y[:n]) for b, y, n in zip(befores, ids.tolist(), lengths.tolist()))
         return real(model, befores, ids, lengths)
-    monkeypatch.setattr(cme, "token_logprobs", spy)
+    monkeypatch.setattr(grpo, "token_logprobs", spy)
     return rows
 
 
@@ -240,7 +240,7 @@ def test_long_prompts_lose_their_oldest_tokens(toy, monkeypatch):
     context, rows = model.config.max_position_embeddings, rows_read(monkeypatch)
     long, [answer] = "word " * 400 + "Who is Mia?", read(tokenizer, TEXTS[:1])
     whole = models.chat_ids(tokenizer, long)
-    [logp] = cme.verifier_logprobs(model, tokenizer, [long], [answer])
+    [logp] = models.answer_logprobs(model, tokenizer, [long], [answer])
     [(before, after)] = rows
     assert np.isfinite(logp).all() and len(logp) == len(answer) and after == answer
     assert len(before) + len(after) == context                                                            # no more than needed
@@ -266,17 +266,17 @@ def test_the_same_answer_to_different_prompts(toy):
     say = lambda role, text: {"role": role, "content": text}                                              # noqa: E731
     prompts = ["Tell me about Mia.", "Tell me about Zoe.", [say("user", "Who is Mia?")],
                [say("user", "Who is Mia?"), say("assistant", "x"), say("user", "Who is Zoe?")]]
-    for prompt, logp in zip(prompts, cme.verifier_logprobs(model, tokenizer, prompts, read(tokenizer, ["She lives in Oslo."] * 4))):
+    for prompt, logp in zip(prompts, models.answer_logprobs(model, tokenizer, prompts, read(tokenizer, ["She lives in Oslo."] * 4))):
         np.testing.assert_allclose(logp, verifier_says(model, tokenizer, prompt, "She lives in Oslo."), atol=1e-4)
 
 
 def test_batches_are_by_length_and_bounded(toy, monkeypatch):
     model, tokenizer = toy["verifier"]
-    shapes, real = [], cme.token_logprobs
-    monkeypatch.setattr(cme, "token_logprobs", lambda m, p, ids, n, **k: (
+    shapes, real = [], grpo.token_logprobs
+    monkeypatch.setattr(grpo, "token_logprobs", lambda m, p, ids, n, **k: (
         shapes.append([len(a) + b for a, b in zip(p, n.tolist())]), real(m, p, ids, n, **k))[1])
     texts = [("Zoe ", "Ada ", "Mia ")[n % 3] * n for n in (30, 1, 25, 2, 20, 3, 15, 4, 10, 5, 28, 6)]
-    cme.verifier_logprobs(model, tokenizer, [PROMPT] * 12, read(tokenizer, texts), batch_tokens=200)
+    models.answer_logprobs(model, tokenizer, [PROMPT] * 12, read(tokenizer, texts), batch_tokens=200)
     assert 1 < len(shapes) < 12 and all(len(s) * max(s) <= 200 for s in shapes)
     assert sum(sorted(shapes), []) == sorted(sum(shapes, []))                 # the longest row of a batch is no longer than the shortest of the next
 
@@ -286,11 +286,11 @@ def test_context_is_used_to_its_last_token(toy, monkeypatch):
     whole, [answer], rows = models.chat_ids(tokenizer, PROMPT), read(tokenizer, TEXTS[:1]), rows_read(monkeypatch)
     for missing, kept in [(0, whole), (1, whole[:1] + whole[2:]), (len(whole) - 1, whole[:1])]:
         monkeypatch.setattr(model.config, "max_position_embeddings", len(whole) + len(answer) - missing)
-        cme.verifier_logprobs(model, tokenizer, [PROMPT], [answer])
+        models.answer_logprobs(model, tokenizer, [PROMPT], [answer])
         assert rows.pop() == (kept, answer)
     monkeypatch.setattr(model.config, "max_position_embeddings", len(answer))                             # not even BOS has room
     with pytest.raises(ValueError, match="context.*max_new_tokens"):
-        cme.verifier_logprobs(model, tokenizer, [PROMPT], [answer])
+        models.answer_logprobs(model, tokenizer, [PROMPT], [answer])
 
 
 def test_a_token_that_meets_no_verifier_token_is_masked():

@@ -37,6 +37,7 @@ from plumbing.statistics import (
 STAGES = ("respond", "judge", "report")
 ESTIMATOR = re.compile(f"(?:({'|'.join(cat.estimators(None))}):)?")  # synthesis:MODEL
 PART = 32  # prompts, or questions to a judge, at a time: what a kill can cost
+SAMPLED = ("facts", "accuracy", "valid")  # held-out measures of what is sampled, too
 FIXED = "prompts", "suffix", "max_new_tokens", "temperature", "group_size", "seed"  # of answers
 
 
@@ -68,8 +69,9 @@ def run_of(path: str) -> tuple:
     """A run of train.py -> the model that it has made so far, its options; else the path, {}."""
     estimator = ESTIMATOR.match(path)[0]
     folder = path.removeprefix(estimator)
-    config = read_json(f"{folder}/config.json")
-    made = checkpoints(folder, config.get("keep", "")) or checkpoints(folder)
+    config, best = read_json(f"{folder}/config.json"), read_json(f"{folder}/summary.json")
+    best = best.get("model", "").rpartition("/")[2]  # the last one's name, or the best one's
+    made = sorted(checkpoints(folder), key=lambda path: path.endswith(best))
     return (estimator + made[-1], config) if made and "reward" in config else (path, {})
 
 
@@ -122,51 +124,51 @@ def wording(text: str, row: dict) -> str:
 
 
 def measures(row: dict, text: str, stopped) -> dict:
-    """Of a response, in [0, 1], what its row asks for: "facts", the share that is right; right
-    "accuracy" (final answer); "valid", matches `pattern` in full and did not go on; "stopped"."""
-    right = [fact_right(text, fact) for fact in row["facts"]]
-    found = {"facts": sum(right) / len(right)} if right else {}
+    """Of a response, what its row asks for, each [bools]: "facts" that are right; right "accuracy"
+    (final answer); both by `kind` too; "valid", matches `pattern` and did not go on; "stopped"."""
+    found = defaultdict(list)
+    for fact in row["facts"]:
+        for name in ("facts", f"facts_{fact.get('kind')}"):
+            found[name].append(fact_right(text, fact))
     if row["answer"] is not None:
-        found["accuracy"] = float(cat.answer_key(text) == cat.normal_answer(row["answer"]) != "")
+        right = cat.answer_key(text) == cat.normal_answer(row["answer"]) != ""
+        found["accuracy"] = found[f"accuracy_{row['kind']}"] = [right]
     if row["pattern"]:
-        found["valid"] = float(stopped is not False and bool(re.fullmatch(row["pattern"], text)))
-    return found if stopped is None else found | {"stopped": float(stopped)}
+        found["valid"] = [stopped is not False and bool(re.fullmatch(row["pattern"], text))]
+    if stopped is not None:
+        found["stopped"] = [stopped]
+    return {name: right for name, right in found.items() if not name.endswith("_None")}
 
 
 def score(rows: list, texts: list, stopped: list) -> dict:
-    """Means of `measures` over prompts, of facts and accuracy by `kind` too; and wording, the share
-    of the most frequent one."""
-    values = defaultdict(list)
-    for row, text, end in zip(rows, texts, stopped):
-        found = measures(row, text, end) if text is not None else {}
-        if "accuracy" in found:
-            found[f"accuracy_{row.get('kind')}"] = found["accuracy"]
-        for name, value in found.items():
-            values[name].append(value)
-        for fact in row["facts"] if found else ():
-            values[f"facts_{fact.get('kind')}"].append(fact_right(text, fact))
-    means = {name: sum(v) / len(v) for name, v in sorted(values.items()) if name[-5:] != "_None"}
-    wordings = Counter(wording(text or "", row) for text, row in zip(texts, rows))
-    return means | {"wording": max(wordings.values()) / len(texts)}
+    """Shares of all `measures`; and wording, the share of the most frequent one."""
+    found, wordings = defaultdict(list), Counter(map(wording, texts, rows))
+    for response in zip(rows, texts, stopped):
+        for name, right in measures(*response).items():
+            found[name] += right
+    shares = {name: sum(right) / len(right) for name, right in sorted(found.items())}
+    return shares | {"wording": max(wordings.values()) / len(texts)}
 
 
 def held_out(model, rows: list, *, max_new_tokens: int, seed: int = 0, judge=None) -> dict:
-    """Scores of a text model's responses, greedy and at T = 1 (`sampled_`), and `length` in tokens;
-    `rubric`: HealthBench's, by the judge, of greedy ones to rows without facts and answers."""
-    rubrics = [[] if row["facts"] or row["answer"] is not None else row["rubrics"] for row in rows]
+    """Scores of a text model's responses: greedy, with their `length` in tokens, and, of those that
+    matter, at T = 1 (`sampled_`); `rubric`: HealthBench's, by the judge, of greedy ones to rows
+    without facts and answers."""
     result, prompts = {}, [row["prompt"] for row in rows]
-    for prefix, T in (("", 0.0), ("sampled_", 1.0)):
+    for prefix, T in (("sampled_", 1.0), ("", 0.0)):
         replies = model.replies(prompts, max_new_tokens=max_new_tokens, temperature=T, seed=seed)
         texts, stopped, tokens = zip(*[reply for [reply] in replies])
         scores = score(rows, texts, stopped) | {"length": sum(tokens) / len(tokens)}
-        if judge and any(rubrics) and not prefix:
-            criteria = [[c["criterion"] for c in rubric] for rubric in rubrics]
-            points = [[c["points"] for c in rubric] for rubric in rubrics]
-            verdicts = cat.judge_rubrics([[text] for text in texts], criteria, judge)
-            values = cat.rubric_rewards(verdicts, points)
-            scores = {"rubric": values.nanmean().clamp(min=0).item()} | scores
-        result |= {prefix + name: round(value, 4) for name, value in scores.items()}
-    return result
+        scores = {prefix + name: v for name, v in scores.items() if not prefix or name in SAMPLED}
+        result = scores | result
+    given = [(row, [text]) for row, text in zip(rows, texts)
+             if row["rubrics"] and not row["facts"] and row["answer"] is None]
+    if judge and given:
+        rubrics = [row["criteria"] for row, _ in given]
+        verdicts = cat.judge_rubrics([y for _, y in given], rubrics, judge)
+        values = cat.rubric_rewards(verdicts, [row["points"] for row, _ in given])
+        result = {"rubric": values.nanmean().clamp(min=0).item()} | result
+    return {name: round(value, 4) for name, value in result.items()}
 
 
 # Judgements
@@ -202,8 +204,8 @@ def tasks_of(rows: list, texts: dict, seed: int = 0) -> dict:
             question, said = question_text(row["prompt"]), [texts[name][i] for name in shown]
             if None in said:
                 continue
-            for k, c in enumerate(row["rubrics"]):
-                tasks[i, shown, k] = cat.judge_prompt(*said, c["criterion"], question)
+            for k, criterion in enumerate(row["criteria"]):
+                tasks[i, shown, k] = cat.judge_prompt(*said, criterion, question)
             if not rubrics:
                 blocks = [cat.block("response", text, letter) for text, letter in zip(said, "AB")]
                 tasks[i, shown, None] = cat.ask(PAIRWISE, *blocks, question=question)
@@ -228,16 +230,16 @@ def judge(o: Options, name: str, tasks: dict):
     key = os.environ.get(re.sub(r"\W", "_", name).upper() + "_API_KEY")
     model = text_model(f"--judge {name}", who, pick_device(o.device), key=key,
                        batch_tokens=o.batch_tokens)
-    asks, missing, pairwise = [*todo], 0, next(iter(tasks))[2] is None
-    read = read_preference if pairwise else cat.read_verdict
+    asks, missing = [*todo], 0
+    read = read_preference if asks[0].startswith(PAIRWISE) else cat.read_verdict
     for n in progress(range(0, len(asks), PART), desc=f"{name}, {PART} at a time"):
         part = asks[n : n + PART]
         verdicts = cat.decide(part, model, read=read, max_new_tokens=o.judge_tokens)
         for asked, verdict in zip(part, verdicts):
+            said = verdict if isinstance(verdict, dict) else {"verdict": verdict}
+            row = dict(zip(("index", "shown", "criterion"), todo[asked]), judge=who, ask=asked)
             if verdict is not None:
-                said = verdict if pairwise else {"verdict": verdict}
-                task = dict(zip(("index", "shown", "criterion"), todo[asked]))
-                append_line(path, task | {"judge": who, "ask": asked} | said)
+                append_line(path, row | said)
         missing += verdicts.count(None)
     if missing:
         print(f"evaluate.py: {missing} verdicts of --judge {name} could not be had; the same "
@@ -253,17 +255,19 @@ def preference(verdict, shown: tuple, x: str):
 
 def values_of(rows: list, answers: list, judges: dict, x: str) -> dict:
     """{measure: [n] of x's responses, NaN = missing}, with "rubric, JUDGE": HealthBench's score."""
-    found = []
-    for row, r in zip(rows, answers):
-        found.append({} if r["response"] is None else measures(row, r["response"], r["stopped"]) | {
-            "tokens": r["tokens"], "characters": len(r["response"])})
+    found = [{} for _ in rows]
+    for of, row, (text, stopped, tokens) in zip(found, rows, map(dict.values, answers)):
+        if text is not None:
+            right = measures(row, text, stopped).items()
+            of |= {m: sum(v) / len(v) for m, v in right if "_" not in m}  # not by kind
+            of |= {"tokens": tokens, "characters": len(text)}
     names = dict.fromkeys(name for of in found for name in of)
     values = {name: [of.get(name) for of in found] for name in names}
-    points = [[c["points"] for c in row["rubrics"]] for row in rows]
     for name, known in judges.items():
-        verdicts = [[[known.get((i, (x,), k)) for k in range(len(worth))]]
-                    for i, worth in enumerate(points)]
-        values[f"rubric, {name}"] = cat.rubric_rewards(verdicts, points).tolist()
+        verdicts = [[[known.get((i, (x,), k)) for k in range(len(row["points"]))]]
+                    for i, row in enumerate(rows)]
+        scores = cat.rubric_rewards(verdicts, [row["points"] for row in rows])
+        values[f"rubric, {name}"] = scores.tolist()
     values = {m: np.array(v, float) for m, v in values.items()}
     return {m: v for m, v in values.items() if not np.isnan(v).all()}
 
@@ -330,29 +334,30 @@ def answers(model, estimator: str, rows: list, o: Options, seed: int) -> list:
 
 def respond(o: Options, name: str, rows: list):
     """models/NAME/responses.jsonl.  A model is in evaluation.json once it can answer."""
-    folder, fixed = f"{o.output_dir}/models/{name}", {k: getattr(o, k) for k in FIXED}
-    path, done = f"{folder}/responses.jsonl", read_lines(f"{folder}/responses.jsonl")
+    path = f"{o.output_dir}/models/{name}/responses.jsonl"
+    done, saved = read_lines(path), {k: getattr(o, k) for k in FIXED}
     if len(done) == len(rows):
         return
     estimator = ESTIMATOR.match(o.models[name])
     where = o.models[name][estimator.end() :]
     model = LocalModel(*load(f"--models {name}", where, pick_device(o.device)),
                        batch_tokens=o.batch_tokens)
-    models = read_json(f"{o.output_dir}/evaluation.json").get("models", {}) | {name: o.models[name]}
-    write_atomically(f"{o.output_dir}/evaluation.json", json.dumps({"models": models, **fixed}))
-    os.makedirs(folder, exist_ok=True)
-    write_lines(path, done)
-    for i in progress(range(len(done) // PART * PART, len(rows), PART), desc=name):
+    answered = read_json(f"{o.output_dir}/evaluation.json").get("models", {})
+    saved["models"] = answered | {name: o.models[name]}
+    write_atomically(f"{o.output_dir}/evaluation.json", json.dumps(saved))
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    for i in progress(range(len(done), len(rows), PART), desc=name):
         replies = answers(model, estimator[1], rows[i : i + PART], o, 2 * (o.seed + i))
-        for k, reply in list(enumerate(replies, i))[max(0, len(done) - i) :]:
-            append_line(path, {"index": k, **reply._asdict()})
+        done += [reply._asdict() for reply in replies]
+        write_lines(path, done)
 
 
 def report(o: Options, rows: list, responses: dict, tasks: dict):
     """report.json and report.md, the latter on the screen too; outputs.json for alpaca_eval."""
     for name, answers in responses.items():
         outputs = [{"instruction": question_text(row["prompt"]), "output": r["response"],
-                    "generator": name} for row, r in zip(rows, answers) if r["response"]]
+                    "generator": name, "prompt": row["prompt"]}
+                   for row, r in zip(rows, answers) if r["response"]]
         write_atomically(f"{o.output_dir}/models/{name}/outputs.json", json.dumps(outputs))
     names = [f[:-6] for f in sorted(os.listdir(f"{o.output_dir}/judges")) if f.endswith(".jsonl")]
     judges, who = {}, {}

@@ -23,9 +23,9 @@ from tqdm import tqdm
 import cat
 import cme
 import grpo
-from evaluate import held_out, score
+from evaluate import held_out
 from plumbing import TOY, one_clear_line, option, progress
-from plumbing.files import append_line, read_lines, write_lines
+from plumbing.files import append_line
 from plumbing.models import LocalModel, chat_ids, end_of_turn, response_texts, token_budget
 from plumbing.prompts import question_text
 from plumbing.run import Run, begin, finish, metrics_of, numbers, prepare, record, train_options
@@ -45,7 +45,7 @@ class Options:
         "cme", "cme: per token (CME, Eq. 1); cme-sequence: per response (Eq. 3); reverse-kl: less "
         "log pi; rent: minus the policy's entropy; cat: rubric from the reference (CaT, Eq. 3-4); "
         "cat-answer: same answer (Eq. 2); cat-match: judged the same; rubric-given: the prompts' "
-        "rubrics; cat-sft: no reward, cross-entropy on references made once (Eq. 12)")
+        "rubrics; cat-sft: no reward, cross-entropy on the prompts' `output` (Eq. 12)")
     credit: Literal["token", "word"] = option("token", "cme: the paper's, or the whole word's")
     generator: str = option("", "model to train, a folder or a hub name; empty: the toy's")
     verifier: str = option(f"{TOY}/cme/verifier", "CME: scores; random:MODEL: random weights")
@@ -128,7 +128,7 @@ def rollout(run: Run, rows: list, step: int):
     o, tokenizer = run.options, run.tokenizer
     prompt_ids = [chat_ids(tokenizer, row["prompt"]) for row in rows]
     if o.reward == "cat-sft":
-        y = tokenizer([row["reference"] for row in rows], add_special_tokens=False).input_ids
+        y = tokenizer([row["output"] for row in rows], add_special_tokens=False).input_ids
         return prompt_ids, *grpo.pad([s + [end_of_turn(tokenizer)] for s in y], run.device)
     noise = torch.Generator(run.device).manual_seed(o.seed * 1_000_003 + step)
     with autocast(run.device):
@@ -153,7 +153,7 @@ def cat_rewards(run: Run, rows: list, rollouts: list, seed: int):
             question=o.question_in_synthesis, **settings)
         references = estimators[o.estimator](prompts, rollouts)  # Eq. 1
     told = {"reference": references}
-    if o.reward in ("cat-answer", "cat-sft"):
+    if o.reward == "cat-answer":
         return cat.answer_rewards(rollouts, references), told  # Eq. 2
     if o.reward == "cat-match":  # the baseline without rubrics
         verdicts = cat.judge_match(rollouts, references, run.judge)
@@ -162,35 +162,10 @@ def cat_rewards(run: Run, rows: list, rollouts: list, seed: int):
         rubrics = cat.propose_rubrics(prompts, references, run.anchor, source=o.rubric_from,
                                       max_new_tokens=512, seed=seed + 1, **settings)
     else:  # the baseline with rubrics that came with the data
-        rubrics = [[c["criterion"] for c in row["rubrics"]] for row in rows]
-        points = [[c["points"] for c in row["rubrics"]] for row in rows]
+        rubrics, points = [row["criteria"] for row in rows], [row["points"] for row in rows]
     verdicts = cat.judge_rubrics(rollouts, rubrics, run.judge)
     told |= {"rubric": rubrics, "verdicts": verdicts}
     return cat.rubric_rewards(verdicts, points), told  # Eq. 4
-
-
-def initial_rollouts(run: Run, rows: list, seed: int) -> list:
-    """G answers of the policy, before it is trained, to each of P prompts -> P lists of texts."""
-    o, prompts = run.options, [row["prompt"] for row in rows]
-    sampling = {"top_k": o.top_k, "top_p": o.top_p, "batch_tokens": o.batch_tokens}
-    with autocast(run.device):
-        return LocalModel(run.policy, run.tokenizer, **sampling).complete(
-            prompts, n=o.group_size, max_new_tokens=o.max_new_tokens, seed=seed,
-            temperature=o.temperature)
-
-
-def add_references(run: Run):
-    """CaT-SFT: the rows get their references, made once; references.jsonl keeps them."""
-    o, path = run.options, f"{run.options.output_dir}/references.jsonl"
-    made = read_lines(path)
-    for i in range(len(made), len(run.rows), 64):
-        rows, seed = run.rows[i : i + 64], 8 * (o.seed * 1_000_003 + i)
-        _, told = cat_rewards(run, rows, initial_rollouts(run, rows, seed), seed + 1)
-        made += [row | {"reference": s} for row, s in zip(rows, told["reference"])]
-        write_lines(path, made)
-    if [row["prompt"] for row in made] != [row["prompt"] for row in run.rows]:
-        raise ValueError(f"{path} has references of other prompts: start a new run")
-    run.rows = [row for row in made if row["reference"]]
 
 
 def step_rewards(run: Run, rows: list, prompt_ids, ids, lengths, seed: int):
@@ -269,28 +244,20 @@ def scores_of(run: Run) -> dict:
                         judge=run.judge)
 
 
-def anchor_skills(run: Run) -> dict:
-    """What CaT rests on, measured before the first step on 64 (held-out) prompts: scores of first
-    answers and of references, the judge on criteria that should be true or false."""
-    o, rows, seed = run.options, (run.eval_rows or run.rows)[:64], 8 * run.options.seed + 5
-    rollouts = initial_rollouts(run, rows, seed)
-    rewards, told = cat_rewards(run, rows, rollouts, seed + 1)
-    skills, references = {}, told["reference"]
-    for name, texts in ("single", [y[0] for y in rollouts]), (o.estimator, references):
-        scores = score(rows, texts, [True] * len(rows))
-        skills |= {f"{name}: {k}": scores[k] for k in ("facts", "accuracy") if k in scores}
-    if o.reward == "cat":
-        skill = cat.judge_skill(references, told["rubric"], run.judge)
-        skills |= {f"judge: {name}": value for name, value in skill.items()}
-        if skill["true"] + skill["false"] < 1.7:
-            print("the judge is wrong on more than 15% of criteria that should be true or false: a "
-                  "policy learns to please such a judge; take a stronger --judge", file=sys.stderr)
-    print(f"anchor: {numbers(skills)}")
-    nothing = not any(references) if o.reward == "cat-sft" else rewards.isnan().all()
-    if nothing and o.reward != "rubric-given":
-        raise ValueError(f"no reference by --estimator {o.estimator} (answers in \\boxed{{}}?), or "
-                         "no rubric or verdict can be read: take a stronger model or --judge")
-    return skills
+def check_judge(run: Run, rewards, told: dict) -> dict:
+    """What CaT rests on, seen in the first step: the judge, on criteria that should be true or
+    false.  ValueError: there is no reward at all."""
+    if rewards.isnan().all():
+        raise ValueError("no reward in the first step: no reference (with \\boxed{}?), rubric or "
+                         "verdict can be read: take a stronger model or --judge")
+    if run.options.reward != "cat":
+        return {}
+    skill = cat.judge_skill(told["reference"], told["rubric"], run.judge)
+    tqdm.write(f"judge: {numbers(skill)}", file=sys.stdout)
+    if skill["true"] + skill["false"] < 1.7:
+        tqdm.write("the judge is wrong on more than 15% of criteria that should be true or false: "
+                   "a policy learns to please such a judge; take a stronger --judge", sys.stderr)
+    return {"judge": skill}
 
 
 def show_samples(run: Run, G, step: int, rows: list, ids, lengths, rewards, counted, told: dict):
@@ -314,10 +281,7 @@ def train(run: Run) -> dict:
     optimizer = torch.optim.AdamW(run.policy.parameters(), lr=o.lr, weight_decay=0.0)
     done = begin(run, optimizer)
     if not done:
-        skills = {"skills": anchor_skills(run)} if run.anchor else {}
-        record(run, optimizer, 0, {"held_out": scores_of(run)} | skills)
-    if o.reward == "cat-sft":
-        add_references(run)
+        record(run, optimizer, 0, {"held_out": scores_of(run)})
     bar = progress(range(done, o.steps), initial=done, total=o.steps, desc=o.reward)
     for step in bar:
         clock, rows = time.time(), prompts_of_step(run.rows, o.prompts_per_step, o.seed, step)
@@ -328,6 +292,7 @@ def train(run: Run) -> dict:
         # 2. their rewards: what the verifier thinks of each token, or agreement with the reference
         seed = 8 * (o.seed * 1_000_003 + step)  # of synthesis; the rubrics' is one more
         rewards, counted, told = step_rewards(run, rows, *batch, seed)
+        skill = check_judge(run, rewards, told) if told and not step else {}
 
         # 3. compared within the group
         ref_logp = logprobs(run, run.reference, *batch) if o.beta else None
@@ -351,7 +316,7 @@ def train(run: Run) -> dict:
 
         # 5. how it went
         row = metrics_of(run, G, ids, lengths, rewards, counted, advantages, told, updates)
-        row |= {"lr": learning_rate(o, step), "seconds": time.time() - clock}
+        row |= {"lr": learning_rate(o, step), "seconds": time.time() - clock} | skill
         shown = numbers({name: row[name] for name in ("reward", "kl", "skipped")})
         bar.set_postfix_str(shown, refresh=False)
         if step + 1 == o.steps or o.eval_every and (step + 1) % o.eval_every == 0:

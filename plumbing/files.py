@@ -51,19 +51,20 @@ def read_json(path: str) -> dict:
     return parse_json(path, file.read_text("utf-8", errors="replace")) if file.exists() else {}
 
 
-def checkpoints(folder: str, name: str = "checkpoint") -> list:
+def checkpoints(folder: str) -> list:
     """The whole checkpoints of a run, oldest first."""
-    found = map(str, Path(folder).glob(f"{name}-*[0-9]"))
+    found = map(str, Path(folder).glob("checkpoint-*[0-9]"))
     return sorted(found, key=lambda path: int(path.rpartition("-")[2]))
 
 
-def save_checkpoint(folder, step: int, model, tokenizer, state: dict, name="checkpoint") -> str:
-    """folder/NAME-STEP: model, tokenizer and state.pt, whole or not at all; then older ones go."""
-    final = os.path.join(folder, f"{name}-{step:06d}")
+def save_checkpoint(folder, step: int, model, tokenizer, state: dict, best: int = 0):
+    """folder/checkpoint-STEP: model, tokenizer and state.pt, whole or not at all; then the others
+    go, but for the best step's."""
+    final = os.path.join(folder, f"checkpoint-{step:06d}")
     model.save_pretrained(final + ".tmp")
     tokenizer.save_pretrained(final + ".tmp")
     torch.save(state, os.path.join(final + ".tmp", "state.pt"))
     os.rename(final + ".tmp", final)
-    for older in checkpoints(folder, name)[:-1]:
-        shutil.rmtree(older, ignore_errors=True)
-    return final
+    for other in checkpoints(folder):
+        if int(other[-6:]) not in (step, best):
+            shutil.rmtree(other, ignore_errors=True)

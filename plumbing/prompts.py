@@ -34,8 +34,8 @@ def read_prompts(path: str) -> list:
     """Prompts from a .jsonl, .json or .txt file (a prompt per line), or a data set of HUB -> dicts
     with `prompt` (str or messages; or instruction, problem), `where` ("file:line"); to evaluate,
     `facts` ([{"right", "wrong": [...], "kind"}]), `pattern` (regular expression), `answer` (what
-    belongs in \\boxed{}), `kind` (its), `rubrics` ([{"criterion", "points"}]).  ValueError with
-    file and line; of a data set, rows that are no prompts are left out, and it is said."""
+    belongs in \\boxed{}), `kind` (its), `rubrics` ([{"criterion", "points"}]; `criteria`, `points`);
+    for CaT-SFT `output`.  ValueError with file and line; a data set's bad rows are left out."""
     files, rows = download(path) if path in HUB else [path], []
     for where, item in (pair for file in files for pair in items_of(file)):
         try:
@@ -71,7 +71,7 @@ def check_row(where: str, row) -> dict:
     row = row if isinstance(row, dict) else {"prompt": row}
     prompt = next((row[k] for k in ("prompt", "instruction", "problem") if k in row), None)
     facts, rubrics = row.get("facts") or [], row.get("rubrics") or []
-    pattern, kind, answer = row.get("pattern"), row.get("kind"), row.get("answer")
+    pattern, text = row.get("pattern"), {k: row.get(k) for k in ("answer", "output")}
     try:  # to use each in turn; if that fails, `what` says what is wrong
         what = "half a surrogate pair is no character (or this is not UTF-8)"
         json.dumps(row, ensure_ascii=False).encode()
@@ -86,8 +86,10 @@ def check_row(where: str, row) -> dict:
         re.compile(pattern or "")
     except (KeyError, TypeError, ValueError, re.error):
         raise ValueError(f"{where}: {what}") from None
-    return {"prompt": prompt, "where": where, "facts": facts, "rubrics": rubrics, "kind": kind,
-            "pattern": pattern, "answer": None if answer is None else str(answer)}
+    return {"prompt": prompt, "where": where, "facts": facts, "rubrics": rubrics,
+            "criteria": [r["criterion"] for r in rubrics], "points": [r["points"] for r in rubrics],
+            "pattern": pattern, "kind": row.get("kind"),
+            **{k: None if v is None else str(v) for k, v in text.items()}}
 
 
 def download(name: str) -> list:

@@ -3,7 +3,6 @@
 import glob
 import json
 import os
-import re
 import resource
 import sys
 import time
@@ -20,8 +19,10 @@ from plumbing.models import (
     LocalModel, chat_ids, context_of, find_stop_ids, load, pick_device, text_model)
 from plumbing.prompts import draw_prompts, read_prompts, with_suffix
 
+MEASURES = ("facts", "accuracy", "rubric")  # held-out scores that say which model is best
 VERIFIED = ("cme", "cme-sequence", "reverse-kl")  # rewards that need a verifier
-JUDGED = ("cat", "cat-match", "rubric-given")  # a judge; they, and two more, an anchor
+JUDGED = ("cat", "cat-match", "rubric-given")  # a judge
+NEEDED = {"rubric-given": "rubrics", "cat-sft": "output"}  # something in each prompt's row
 
 
 @dataclass
@@ -60,14 +61,12 @@ def train_options(Options):
             raise ValueError(f"{folder} holds no run to resume (no config.json)")
         parser.set_defaults(**saved | {"output_dir": folder})
         [o] = parser.parse_args_into_dataclasses()
-        changed = {k: v for k, v in vars(o).items() if saved.get(k) != v} | {"output_dir": folder}
-        print(f"resumed, with {changed}")
     o.output_dir = o.output_dir or f"runs/{o.reward}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if o.group_size < 2 or not (o.temperature > 0 and 0 < o.top_p <= 1):
-        raise ValueError("--group_size must be 2 or more, --temperature above 0, --top_p in (0, 1]")
-    least = "steps", "prompts_per_step", "max_new_tokens", "micro_batch", "save_every"
-    if min(getattr(o, name) for name in least) < 1:
-        raise ValueError(f"--{', --'.join(least)} must be 1 or more")
+    if not (o.temperature > 0 and 0 < o.top_p <= 1):
+        raise ValueError("--temperature must be above 0, --top_p in (0, 1]")
+    for name in "steps", "prompts_per_step", "max_new_tokens", "micro_batch", "save_every":
+        if getattr(o, name) < 1 or o.group_size < 2:
+            raise ValueError(f"--{name} must be 1 or more, --group_size 2 or more")
     if o.reward == "cme" and (o.length_penalty_after or o.kl_in == "reward"):
         raise ValueError("--length_penalty_after and --kl_in reward need one reward per response, "
                          "and --reward cme has one per token")
@@ -94,16 +93,15 @@ def prepare(o) -> Run:
         if size > context_of(policy):
             raise ValueError(f"{row['where']}: prompt and --max_new_tokens have {size} tokens, the "
                              f"generator's context {context_of(policy)}; leave it out")
-    for row in rows if o.reward == "rubric-given" else ():
-        if not any(c["points"] > 0 for c in row["rubrics"]):
-            raise ValueError(f"{row['where']}: rubric-given needs `rubrics` with points > 0")
-    judged = o.reward in JUDGED
+    needed, judged = NEEDED.get(o.reward, "prompt"), o.reward in JUDGED
+    if not all(row[needed] for row in rows):
+        raise ValueError(f"{o.prompts}: --reward {o.reward} needs `{needed}` in every row")
     if o.keep == "best" and not any(row["facts"] or row["answer"] or judged and row["rubrics"]
                                     for row in eval_rows):
         raise ValueError("--keep best needs --eval_prompts with facts, answer or, with a judge, "
                          "rubrics")
     run = Run(o, device, policy, tokenizer, find_stop_ids(policy, tokenizer), rows, eval_rows)
-    catting = o.reward in JUDGED + ("cat-answer", "cat-sft")
+    catting = judged or o.reward == "cat-answer"
     if o.beta or catting:
         run.reference, _ = load("--generator", o.generator, device)
     if o.reward in VERIFIED:
@@ -152,34 +150,30 @@ def metrics_of(run: Run, G, ids, lengths, rewards, counted, advantages, told: di
             "flat": ((groups == 0).all(1) & seen).sum().item() / max(1, seen.sum().item())}
 
 
-def validation(row: dict) -> float:
-    """Of a line of metrics.jsonl: the greedy held-out score; -1 without it, and at step 0."""
-    held = row.get("held_out", {})
-    scores = [held[name] for name in ("facts", "accuracy", "rubric") if held.get(name) is not None]
-    return scores[0] if scores and row["step"] else -1
+def best_step(o, rows: list) -> int:
+    """With --keep best, of the lines of metrics.jsonl: the first step, after 0, with the best
+    greedy held-out score; else the last."""
+    scores = {row["step"]: [row["held_out"].get(name) or 0 for name in MEASURES]
+              for row in rows[1:] if "held_out" in row and o.keep == "best"}
+    return max(scores, key=scores.get, default=rows[-1]["step"])
 
 
 def record(run: Run, optimizer, step: int, row: dict):
-    """What is due after a step: its line in metrics.jsonl, and on the screen; checkpoints."""
-    o, parts, row = run.options, (run.policy, run.tokenizer), {"step": step} | row
-    metrics = f"{o.output_dir}/metrics.jsonl"
+    """What is due after a step: its line in metrics.jsonl, and on the screen; a checkpoint."""
+    o, metrics = run.options, f"{run.options.output_dir}/metrics.jsonl"
+    append_line(metrics, {"step": step} | row)
     if "held_out" in row:
         tqdm.write(f"step {step}: {numbers(row['held_out'])}", file=sys.stdout)
-    best = o.keep == "best" and validation(row) > max(
-        map(validation, read_lines(metrics)), default=-1)
-    append_line(metrics, row)
-    if step and (best or step % o.save_every == 0 or step == o.steps):
+    best = best_step(o, read_lines(metrics)) if o.keep == "best" else 0
+    if step and (step % o.save_every == 0 or step in (best, o.steps)):
         state = {"step": step, "optimizer": optimizer.state_dict()}
-        save_checkpoint(o.output_dir, step, *parts, state)
-    if best:
-        save_checkpoint(o.output_dir, step, *parts, {}, "best")
+        save_checkpoint(o.output_dir, step, run.policy, run.tokenizer, state, best)
 
 
 def finish(run: Run) -> dict:
     """summary.json: scores before and after, the model, time and memory."""
     folder, rows = run.options.output_dir, read_lines(f"{run.options.output_dir}/metrics.jsonl")
-    model = (checkpoints(folder, run.options.keep) or checkpoints(folder))[-1]
-    made = rows[int(model[-6:])]
+    made = rows[best_step(run.options, rows)]
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
     memory /= 2**20 if sys.platform == "darwin" else 2**10
     if run.device.type == "cuda":
@@ -188,14 +182,12 @@ def finish(run: Run) -> dict:
               "after": made.get("held_out", {}) | {"reward": made["reward"]},
               "seconds": round(sum(row["seconds"] for row in rows[1:]), 1),
               "skipped": sum(row["skipped"] for row in rows[1:]), "steps": rows[-1]["step"],
-              "peak_memory_mb": round(memory), "model": model}
+              "peak_memory_mb": round(memory),
+              "model": f"{folder}/checkpoint-{made['step']:06d}"}
     write_atomically(f"{folder}/summary.json", json.dumps(result, indent=1))
     return result
 
 
 def numbers(values: dict) -> str:
-    """For the eye, less details of what is sampled: {"facts": 0.5, "valid": None} -> "facts 0.500,
-    valid -"."""
-    details = re.compile("sampled_(facts_|accuracy_|stopped|wording|length)")
-    return ", ".join(f"{k} -" if v is None else f"{k} {v:.3f}"
-                     for k, v in values.items() if not details.match(k))
+    """For the eye: {"facts": 0.5, "valid": None} -> "facts 0.500, valid -"."""
+    return ", ".join(f"{k} -" if v is None else f"{k} {v:.3f}" for k, v in values.items())

@@ -45,23 +45,17 @@ def sign_permutation(differences, *, samples=10_000, seed=0) -> float:
     return math.nan if nothing else float((np.abs(d.sum() - 2 * (flips @ d)) >= least).mean())
 
 
-def cohen_kappa(a, b) -> float:
-    """(p_o - p_e) / (1 - p_e), agreement beyond chance of labels a, b [n], None = missing; NaN if
-    p_e = 1.  20 pairs yy, 5 yn, 10 ny, 15 nn: p_o .7, p_e .5 -> .4."""
-    pairs = [(x, y) for x, y in zip(a, b, strict=True) if None not in (x, y)]
-    a, b, n = [x for x, _ in pairs], [y for _, y in pairs], len(pairs)
-    equal, chance = sum(x == y for x, y in pairs), sum(a.count(x) * b.count(x) for x in set(a))
-    return (n * equal - chance) / (n * n - chance) if n * n > chance else math.nan
-
-
 def agreement(a, b) -> dict:
-    """Two judges' preferences [n]: share of equal labels (win, tie, loss), kappa; both without ties
-    too.  [1, .9, 0, .5, 1, None], [.8, .6, .3, 1, 0, 1] -> n 5, .6, .2857; decided 4, .75, .5."""
+    """Two judges' preferences [n]: share of equal labels (win, tie, loss) and Cohen's kappa,
+    (p_o - p_e) / (1 - p_e), agreement beyond chance; both without ties too.
+    [1, .9, 0, .5, 1, None], [.8, .6, .3, 1, 0, 1] -> n 5, .6, .2857; decided 4, .75, .5."""
     signs, out = np.sign(np.array([a, b], float) - 0.5), {}
     for n, prefix, had in (("n", "", ~np.isnan(signs)), ("decided", "decided_", signs**2 == 1)):
-        x, y = signs[:, had.all(0)].tolist()
-        share = sum(map(float.__eq__, x, y)) / len(x) if x else math.nan
-        out |= {n: len(x), prefix + "agreement": share, prefix + "kappa": cohen_kappa(x, y)}
+        x, y = signs[:, had.all(0)]
+        equal, chance = sum(x == y), sum(sum(x == s) * sum(y == s) for s in (-1, 0, 1))
+        kappa = (len(x) * equal - chance) / d if (d := len(x) ** 2 - chance) else math.nan
+        share = equal / len(x) if len(x) else math.nan
+        out |= {n: len(x), prefix + "agreement": float(share), prefix + "kappa": float(kappa)}
     return out
 
 

@@ -12,7 +12,7 @@ from hypothesis import example, settings
 from hypothesis import strategies as st
 
 from plumbing.statistics import (
-    agreement, bootstrap_interval, cohen_kappa, estimate, length_controlled_win_rate, logistic, sign_permutation, win_rate)
+    agreement, bootstrap_interval, estimate, length_controlled_win_rate, logistic, sign_permutation, win_rate)
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -214,7 +214,7 @@ def test_sign_permutation_is_uniform_when_the_mean_is_zero(samples):
     assert np.abs(p - (np.arange(400) + 0.5) / 400).max() < 1.63 / 20  # Kolmogorov-Smirnov, 1 %
 
 
-# ---------------------------------------------------------------- cohen_kappa and agreement
+# ---------------------------------------------------------------- agreement
 
 
 def slow_kappa(pairs):
@@ -227,34 +227,16 @@ def slow_kappa(pairs):
     return NAN if chance == 1 else float((observed - chance) / (1 - chance))
 
 
-def test_cohen_kappa_docstring_example():
-    assert cohen_kappa("y" * 25 + "n" * 25, "y" * 20 + "n" * 5 + "y" * 10 + "n" * 15) == 0.4
-
-
-@given(st.lists(st.tuples(*[st.sampled_from(["win", "tie", ("loss",), 0, 1.5, None])] * 2), max_size=25))
-@example([("a", "a")] * 49)
-@example([("a", "b")] * 3)
-def test_cohen_kappa_is_exact_fraction_arithmetic(pairs):
-    a, b = [x for x, _ in pairs], [y for _, y in pairs]
-    got = cohen_kappa(a, b)
-    kept = [(x, y) for x, y in pairs if x is not None and y is not None]
-    assert same(got, slow_kappa(kept), 1e-12)
-    assert same(got, cohen_kappa(b, a))
-
-
-@pytest.mark.parametrize(
-    "a, b, want",
-    [("ab", "ab", 1), ("ab", "ba", -1), ("aabb", "abab", 0), ("aa", "aa", NAN), ("a", "b", 0), (["a", None, "b"], ["a", "b", None], NAN)],
-)
-def test_cohen_kappa_of_small_cases(a, b, want):
-    assert same(cohen_kappa(a, b), want)
+@pytest.mark.parametrize("a, b, want", [([1, 0], [1, 0], 1), ([1, 0], [0, 1], -1), ([1, 1, 0, 0], [1, 0, 1, 0], 0), ([1, 1], [1, 1], NAN),
+                                        ([1], [0], 0), ([1, None, 0], [1, 0, None], NAN), ([1] * 25 + [0] * 25, [1] * 20 + [0] * 5 + [1] * 10 + [0] * 15, 0.4)])
+def test_kappa_of_small_cases(a, b, want):
+    assert same(agreement(a, b)["kappa"], want, 1e-15) and same(agreement(b, a)["kappa"], want, 1e-15)
 
 
 @pytest.mark.parametrize("a, b", [([1, 0], [1]), ([1], [1, 0]), ([], [None]), ([0.5, 1, None], [1, 0])])
 def test_different_lengths_are_refused(a, b):
-    for call in (cohen_kappa, agreement):
-        with pytest.raises(ValueError):
-            call(a, b)
+    with pytest.raises(ValueError):
+        agreement(a, b)
     for args in ((a, b, b), (b, a, b), (b, b, a)):
         with pytest.raises(ValueError):
             length_controlled_win_rate(*args)
@@ -458,7 +440,7 @@ def test_logistic_is_the_minimum_of_the_penalised_loss(seed, separable):
 @pytest.mark.parametrize("nothing", NOTHING)
 def test_nothing_is_quietly_nan(nothing):
     assert all(math.isnan(x) for x in bootstrap_interval(nothing))
-    assert math.isnan(sign_permutation(nothing)) and math.isnan(cohen_kappa([None] * len(nothing), nothing))
+    assert math.isnan(sign_permutation(nothing))
     got = win_rate(nothing)
     assert all(math.isnan(got.pop(name)) for name in ("win_rate", "standard_error", "low", "high"))
     assert got == dict(n=0, wins=0, ties=0, losses=0, missing=len(nothing))
@@ -488,7 +470,7 @@ def test_lists_tuples_and_arrays_are_the_same_and_stay_as_they_are(kind):
 
 def test_results_are_plain_python_numbers():
     a, b = np.array([1, 0, 0.5, 0.8]), np.array([0, 0, 1, 0.9])
-    results = [win_rate(a), agreement(a, b), bootstrap_interval(a), sign_permutation(a), cohen_kappa("ab", "aa"), length_controlled_win_rate(a, a, b)]
+    results = [win_rate(a), agreement(a, b), bootstrap_interval(a), sign_permutation(a), length_controlled_win_rate(a, a, b)]
     assert all(type(r) in (dict, tuple, float) for r in results)
     numbers = [*results[0].values(), *results[1].values(), *results[2]]
     assert all(type(x) in (int, float) for x in numbers) and json.dumps(results)

@@ -3,6 +3,8 @@ import json
 
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import openai._base_client
@@ -33,6 +35,15 @@ def run(tmp_path, few, *arguments, patch=lambda: None):
 
 
 @pytest.fixture(scope="module")
+def outputs(few):
+    """Prompts with an `output` that is to be learnt, as evaluate.py's outputs.json."""
+    people = [r["prompt"] for r in prompts.read_prompts("toy/cat/prompts.jsonl")][:5]
+    texts = [f"Number {i} has a cat and lives in Oslo." for i in range(5)]
+    (few / "outputs.json").write_text(json.dumps([{"instruction": x, "output": y, "generator": "s", "prompt": x} for x, y in zip(people, texts)]))
+    return few / "outputs.json"
+
+
+@pytest.fixture(scope="module")
 def whole(tmp_path_factory, few):
     folder = tmp_path_factory.mktemp("whole")
     status, out, err = run(folder, few)
@@ -51,15 +62,14 @@ def test_the_whole_story_is_kept(whole):
             assert reward == pytest.approx(sum(v for v in verdicts if v is not None) / sum(v is not None for v in verdicts)) if any(
                 v is not None for v in verdicts) else reward is None
         assert s["reference"] in out and (not s["rubric"] or s["rubric"][0] in out)
-    skills = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])["skills"]
-    assert {"single: facts", "synthesis: facts", "judge: unread", "judge: true", "judge: false"} <= set(skills)
-    assert "anchor: single: facts" in out and min(skills["judge: true"], skills["judge: false"]) > 0.9
+    skill = rows(folder / "metrics.jsonl")[1]["judge"]
+    assert set(skill) == {"true", "false", "unread"} and "judge: true" in out and min(skill["true"], skill["false"]) > 0.9
     summary = json.loads((folder / "summary.json").read_text())
     assert {"facts", "facts_hazy", "sampled_facts", "valid"} <= set(summary["after"])
 
 
 @pytest.mark.parametrize("where", [kill_at(cat, "judge_skill", 1), kill_at(cat, "synthesize", 3), kill_at(cat, "judge_rubrics", 6), kill_at(torch, "save", 2)],
-                         ids=["skills", "synthesis", "verdicts", "checkpoint"])
+                         ids=["skill", "synthesis", "verdicts", "checkpoint"])
 def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path, whole, few, where):
     status, _, err = run(tmp_path, few, patch=where)
     assert status == -signal.SIGKILL, err
@@ -72,11 +82,11 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path, whole, few, where):
 @pytest.mark.parametrize("arguments", [
     ["--reward", "cat-answer"], ["--reward", "cat-answer", "--estimator", "majority"], ["--reward", "cat-match"], ["--reward", "rubric-given"],
     ["--estimator", "best-of-n", "--group_size", 8], ["--estimator", "min-perplexity"], ["--estimator", "mutual-predictability"], ["--estimator", "single"],
-    ["--reward", "cat-sft"], ["--rubric_from", "question"], ["--question_in_synthesis"], ["--kl_in", "reward", "--beta", 0.1],
+    ["--reward", "cat-sft", "--prompts", "output.jsonl"], ["--rubric_from", "question"], ["--question_in_synthesis"], ["--kl_in", "reward", "--beta", 0.1],
     ["--length_penalty_after", 20, "--beta", 0], ["--updates_per_rollout", 2, "--judge", "toy/cat/model"],
     ["--reward", "cme-sequence", "--generator", "toy/cat/model", "--length_penalty_after", 20, "--kl_in", "reward"]], ids=lambda a: " ".join(map(str, a)))
-def test_options_run(tmp_path, few, arguments):
-    status, out, err = run(tmp_path, few, *arguments, "--steps", 2)
+def test_options_run(tmp_path, few, outputs, arguments):
+    status, out, err = run(tmp_path, few, *[outputs if a == "output.jsonl" else a for a in arguments], "--steps", 2)
     assert status == 0, err
     metrics = rows(tmp_path / "run/metrics.jsonl")
     assert all(r["skipped"] == 0 and r["missing"] < 1 for r in metrics[1:]) and any(r["grad_norm"] > 0 for r in metrics[1:])
@@ -110,21 +120,18 @@ def test_kl_in_the_reward_is_the_equation(tmp_path, few, monkeypatch):
         assert got[0][i].item() == pytest.approx(i - 0.1 * kl, abs=1e-3) and abs(kl) > 0.001
 
 
-def test_sft_is_cross_entropy_on_references_made_once(tmp_path, few, monkeypatch):
+def test_sft_is_cross_entropy_on_references(tmp_path, few, outputs, monkeypatch):
     """Its gradient is that of the mean over responses of the mean -log pi(s_t | x, s_<t), the stop included, by autograd on the model's own logits."""
     monkeypatch.setattr(train, "scores_of", lambda run: {})
     run = train.prepare(train.Options(reward="cat-sft", prompts_per_step=4, group_size=2, max_new_tokens=40, output_dir=str(tmp_path / "run"), steps=1,
-                                      eval_prompts=str(few / "eval.jsonl"), micro_batch=3, lr=0.0, max_grad_norm=0.0))
-    run.rows, gradient = run.rows[:5], []
-    real = torch.optim.AdamW.step
+                                      prompts=str(outputs), eval_prompts=str(few / "eval.jsonl"), micro_batch=3, lr=0.0, max_grad_norm=0.0))
+    gradient, real = [], torch.optim.AdamW.step
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *a: (gradient.extend(p.grad.clone() for p in run.policy.parameters()), real(self, *a))[1])
     train.train(run)
-    made = rows(tmp_path / "run/references.jsonl")
-    assert len(made) == 5 and all(r["reference"] for r in made)
     loss = 0
     for row in train.prompts_of_step(run.rows, 4, 0, 0):
         p = models.chat_ids(run.tokenizer, row["prompt"])
-        y = run.tokenizer(row["reference"], add_special_tokens=False).input_ids + [models.end_of_turn(run.tokenizer)]
+        y = run.tokenizer(row["output"], add_special_tokens=False).input_ids + [models.end_of_turn(run.tokenizer)]
         logp = run.policy(input_ids=torch.tensor([p + y])).logits[0, len(p) - 1:-1].log_softmax(-1)
         loss = loss - logp[range(len(y)), y].mean() / 4
     loss.backward()
@@ -134,17 +141,17 @@ def test_sft_is_cross_entropy_on_references_made_once(tmp_path, few, monkeypatch
     assert reward == pytest.approx(-loss.item(), abs=1e-4)
 
 
-def test_sft_goes_on_where_it_was(tmp_path, few):
-    """Killed among its references: they are neither lost nor made again, and the run is the same to the bit."""
-    arguments = "--reward", "cat-sft", "--steps", 2, "--prompts", tmp_path / "p.txt"
-    (tmp_path / "p.txt").write_text("".join(f"Tell me about {name}.\n" for name in ("Mia", "Ada", "Ben") for _ in range(30)))
-    assert run(tmp_path / "a", few, *arguments)[0] == 0
-    assert run(tmp_path / "b", few, *arguments, patch=kill_at(cat, "synthesize", 3))[0] == -signal.SIGKILL
-    assert len(rows(tmp_path / "b/run/references.jsonl")) == 64
-    status, _, err = fork(["--resume", "--output_dir", tmp_path / "b/run"], tmp_path / "b")
-    assert status == 0 and weights(tmp_path / "a/run") == weights(tmp_path / "b/run"), err
-    for name in ("references.jsonl", "metrics.jsonl", "samples.jsonl"):
-        assert rows(tmp_path / "a/run" / name) == rows(tmp_path / "b/run" / name)
+def test_references_made_by_evaluate_are_learnt(tmp_path, few):
+    """CaT-SFT in two commands: evaluate.py reconciles G answers of the initial policy, train.py learns what came out."""
+    (tmp_path / "p.jsonl").write_text("".join((ROOT / "toy/cat/prompts.jsonl").read_text().splitlines(True)[:3]))
+    made = subprocess.run([sys.executable, ROOT / "evaluate.py", "respond", "--models", f"s=synthesis:{ROOT / 'toy/cat/model'}", "--prompts", "p.jsonl",
+                           "--temperature", "1", "--max_new_tokens", "40", "--output_dir", "refs"], cwd=tmp_path, capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+    report = subprocess.run([sys.executable, ROOT / "evaluate.py", "report", "--output_dir", "refs"], cwd=tmp_path, capture_output=True, text=True)
+    assert report.returncode == 0, report.stderr
+    assert run(tmp_path, few, "--reward", "cat-sft", "--prompts", tmp_path / "refs/models/s/outputs.json", "--steps", 2)[0] == 0
+    learnt = {s["responses"][0] for s in rows(tmp_path / "run/samples.jsonl")}
+    assert learnt <= {r["output"] for r in json.loads((tmp_path / "refs/models/s/outputs.json").read_text())}
 
 
 def test_rubric_given_counts_points(tmp_path, few):
@@ -167,7 +174,7 @@ def test_keep_best(tmp_path, few):
     status, out, err = run(tmp_path, few, "--keep", "best", "--eval_every", 2, patch=patch)
     assert status == 0, err
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert summary["model"].endswith("best-000004") and summary["after"]["facts"] == 0.9 and len(list((tmp_path / "run").glob("best-*"))) == 1
+    assert summary["model"].endswith("checkpoint-000004") and summary["after"]["facts"] == 0.9 and len(list((tmp_path / "run").glob("checkpoint-*"))) == 2
     models.load_model(summary["model"], train=False, device="cpu")
     assert weights(tmp_path / "run") != (Path(summary["model"]) / "model.safetensors").read_bytes()
 
@@ -225,12 +232,12 @@ def test_missing_references_leave_groups_out(tmp_path, few):
 @pytest.mark.parametrize("arguments, said", [
     (["--reward", "cme", "--kl_in", "reward"], "--kl_in reward"), (["--reward", "cme", "--length_penalty_after", 5], "--length_penalty_after"),
     (["--keep", "best", "--eval_prompts", "plain.txt"], "--keep best"),
-    (["--reward", "rubric-given", "--prompts", "plain.txt"], "plain.txt:1"),
+    (["--reward", "rubric-given", "--prompts", "plain.txt"], "`rubrics`"), (["--reward", "cat-sft", "--prompts", "plain.txt"], "`output`"),
     (["--estimator", "magic"], "--estimator"),
     (["--judge", "m@http://x y/"], "--judge: m at http://x y/"), (["--judge", "/no/such/judge"], "--judge /no/such/judge"),
     (["--prompts", "rubrics.jsonl"], "rubrics.jsonl:1"),
     (["--estimator", "majority"], "boxed"), (["--judge", "m@http://127.0.0.1:9/v1"], "APIConnectionError"),
-    (["--judge", "toy/cme/verifier"], "yes and no")])
+    (["--judge", "toy/cme/verifier"], "no reward in the first step")])
 def test_bad_input_gets_one_line_and_status_2(tmp_path, few, monkeypatch, arguments, said):
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01), monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.01)
     files = {"plain.txt": "Tell me about Mia.\n", "rubrics.jsonl": '{"prompt": "a", "rubrics": [{"criterion": "b", "points": "c"}]}\n',
@@ -250,18 +257,17 @@ def test_defaults_that_depend_on_the_reward():
     assert train.Options(reward="cat", lr=1e-6, steps=7).lr == 1e-6 and train.Options(reward="cat", lr=1e-6, steps=7).steps == 7
 
 
-def test_missing_references_have_no_score(tmp_path, few):
-    """Rubrics from the question: nothing is said of references that are not there; and a date does as a seed."""
+def test_rubrics_from_the_question_have_no_reference(tmp_path, few):
+    """Nothing is said of references that are not there; and a date does as a seed."""
     status, out, err = run(tmp_path, few, "--rubric_from", "question", "--steps", 1, "--seed", 20250101)
     assert status == 0, err
-    skills = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])["skills"]
-    assert "single: facts" in skills and "synthesis: facts" not in skills and skills["judge: true"] is None
+    assert rows(tmp_path / "run/metrics.jsonl")[1]["judge"] == {"true": None, "false": None, "unread": None}
 
 
-def test_lora(tmp_path, few):
+def test_lora(tmp_path, few, outputs):
     """CaT-SFT of an adapter: killed and resumed to the bit; the base stays as it was; evaluate.py takes what came out."""
     pytest.importorskip("peft")
-    arguments = ["--reward", "cat-sft", "--lora_rank", 4, "--steps", 4, "--save_every", 2, "--lr", 1e-2]
+    arguments = ["--reward", "cat-sft", "--prompts", outputs, "--lora_rank", 4, "--steps", 4, "--save_every", 2, "--lr", 1e-2]
     for folder, patch in (("a", lambda: None), ("b", kill_at(train, "update", 4))):
         (tmp_path / folder).mkdir()
         status, out, err = run(tmp_path / folder, few, *arguments, patch=patch)
@@ -291,5 +297,5 @@ def test_the_best_model_survives_a_kill(tmp_path, few):
     assert run(tmp_path, few, *arguments, "--steps", 6, patch=patch)[0] != 0
     status, out, err = fork(["--resume", "--output_dir", tmp_path / "run"], tmp_path, worse)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
-    assert status == 0 and summary["model"].endswith("best-000003") and summary["after"]["facts"] == 0.95 and summary["steps"] == 6, err
-    assert sorted(p.name for p in (tmp_path / "run").glob("*-0*")) == ["best-000003", "checkpoint-000006"]
+    assert status == 0 and summary["model"].endswith("checkpoint-000003") and summary["after"]["facts"] == 0.95 and summary["steps"] == 6, err
+    assert sorted(p.name for p in (tmp_path / "run").glob("*-0*")) == ["checkpoint-000003", "checkpoint-000006"]

@@ -6,9 +6,9 @@
     python evaluate.py report --output_dir results    # without a stage: all three
     python evaluate.py --models one=Qwen/Qwen3-4B nine=synthesis:Qwen/Qwen3-4B --prompts math500 ...
 
-Departures from the papers, which report bare win rates: intervals, p-values, position bias, win
-rates at equal length, kappa (plumbing/statistics.py); the judge's prompts are ours; a judgement
-that could not be had is missing, never a tie.
+Departures from the papers, which report bare win rates: intervals, p-values, position bias, kappa
+(plumbing/statistics.py); the judge's prompts are ours; a judgement that could not be had is
+missing, never a tie.
 """
 
 import gc
@@ -31,8 +31,7 @@ from plumbing.files import (
 from plumbing.models import LocalModel, Reply, load, pick_device, text_model
 from plumbing.prompts import question_text, read_prompts, with_suffix
 from plumbing.run import newest
-from plumbing.statistics import (
-    agreement, estimate, length_controlled_win_rate, sign_permutation, win_rate)
+from plumbing.statistics import agreement, estimate, sign_permutation, win_rate
 
 STAGES = ("respond", "judge", "report")
 ESTIMATOR = re.compile(f"(?:({'|'.join(cat.estimators(None))}):)?")  # synthesis:MODEL
@@ -54,7 +53,7 @@ class Options:
     batch_tokens: int = option(0, "tokens of a batch, prompts included; 0: what suits the device")
     judge: list[str] = option([], "NAME=MODEL@URL ... (its key in NAME_API_KEY), or NAME=MODEL")
     judge_tokens: int = option(1024, "longest reply of a judge, its thoughts included")
-    output_dir: str = option("", "the folder; empty: inside the run among the models")
+    output_dir: str = option("", "the folder; empty: inside the newest run of train.py")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
 
 
@@ -76,33 +75,30 @@ def run_of(path: str) -> tuple:
 
 
 def read_options(respond: bool) -> Options:
-    """The command line, completed by the first run among the models and by the folder's
-    evaluation.json.  ValueError: what is fixed there was given otherwise."""
+    """The command line, completed by the folder's evaluation.json; without models and folder it is
+    the newest run against what it started from.  ValueError: what is fixed was given otherwise."""
     parser = HfArgumentParser(Options, allow_abbrev=False)
     [o] = parser.parse_args_into_dataclasses()
-    models, inside = named("--models", o.models), "runs/evaluation"
-    if respond and not models and not o.output_dir:
+    if not (o.models or o.output_dir):
         run = newest("*/summary.json")
-        models = {"base": run_of(run)[1].get("generator", run), "trained": run}
-    for run in reversed(models.values()):
-        model, config = run_of(run)
-        if config:
-            inside, suffix = f"{run}/evaluation-{model[-6:]}", "" if o.prompts else config["suffix"]
-            parser.set_defaults(prompts=config["eval_prompts"], suffix=suffix,
-                                max_new_tokens=config["max_new_tokens"])
-    folder = o.output_dir or (inside if models else newest("**/evaluation.json"))
-    saved = read_json(f"{folder}/evaluation.json")
+        made, config = run_of(run)
+        own = {} if o.prompts else {"prompts": config["eval_prompts"], "suffix": config["suffix"]}
+        own["models"] = [f"base={config['generator']}", f"trained={run}"]
+        parser.set_defaults(output_dir=f"{run}/evaluation-{made[-6:]}",
+                            max_new_tokens=config["max_new_tokens"], **own)
+        [o] = parser.parse_args_into_dataclasses()
+    saved = read_json(f"{o.output_dir}/evaluation.json")
     answered = saved.pop("models", {})
     parser.set_defaults(**saved)
     [o] = parser.parse_args_into_dataclasses()
-    o.output_dir, o.judge = folder, named("--judge", o.judge)
-    o.models = answered | {name: run_of(path)[0] for name, path in models.items()}
+    models = {name: run_of(path)[0] for name, path in named("--models", o.models).items()}
+    o.models, o.judge = answered | models, named("--judge", o.judge)
     for name, value in (saved | answered).items():
         if value not in (o.models.get(name), getattr(o, name, None)):
-            raise ValueError(f"{folder} holds answers with {name} {value}; for others give another "
-                             "--output_dir")
-    if not (o.prompts and o.models and (respond or answered)):
-        raise ValueError(f"{folder} holds no responses: respond first, with --models and --prompts")
+            raise ValueError(f"{o.output_dir} holds answers with {name} {value}; for others give "
+                             "another --output_dir")
+    if not (o.prompts and o.models and o.output_dir and (respond or answered)):
+        raise ValueError("no responses yet: respond first, with --models, --prompts, --output_dir")
     return o
 
 
@@ -123,51 +119,47 @@ def wording(text: str, row: dict) -> str:
     return re.sub(rf"(?<!\w)(?:{words})(?!\w)", "_", text)
 
 
-def measures(row: dict, text: str, stopped) -> dict:
-    """Of a response, what its row asks for, each [bools]: "facts" that are right; right "accuracy"
-    (final answer); both by `kind` too; "valid", matches `pattern` and did not go on; "stopped"."""
-    found = defaultdict(list)
+def measures(row: dict, text: str, stopped, tokens) -> dict:
+    """Of a response: "facts", the share that is right; right "accuracy" (final answer); both by
+    `kind` too; "valid", matches `pattern` and did not go on; "stopped"; "tokens", "characters"."""
+    right = defaultdict(list)
     for fact in row["facts"]:
         for name in ("facts", f"facts_{fact.get('kind')}"):
-            found[name].append(fact_right(text, fact))
+            right[name].append(fact_right(text, fact))
     if row["answer"] is not None:
-        right = cat.answer_key(text) == cat.normal_answer(row["answer"]) != ""
-        found["accuracy"] = found[f"accuracy_{row['kind']}"] = [right]
+        same = cat.answer_key(text) == cat.normal_answer(row["answer"]) != ""
+        right["accuracy"] = right[f"accuracy_{row['kind']}"] = [same]
     if row["pattern"]:
-        found["valid"] = [stopped is not False and bool(re.fullmatch(row["pattern"], text))]
-    if stopped is not None:
-        found["stopped"] = [stopped]
-    return {name: right for name, right in found.items() if not name.endswith("_None")}
+        right["valid"] = [stopped is not False and bool(re.fullmatch(row["pattern"], text))]
+    found = {name: sum(v) / len(v) for name, v in right.items() if not name.endswith("_None")}
+    return found | {"stopped": stopped, "tokens": tokens, "characters": len(text)}
 
 
-def score(rows: list, texts: list, stopped: list) -> dict:
-    """Shares of all `measures`; and wording, the share of the most frequent one."""
-    found, wordings = defaultdict(list), Counter(map(wording, texts, rows))
-    for response in zip(rows, texts, stopped):
-        for name, right in measures(*response).items():
-            found[name] += right
-    shares = {name: sum(right) / len(right) for name, right in sorted(found.items())}
-    return shares | {"wording": max(wordings.values()) / len(texts)}
+def values_of(rows: list, replies: list) -> dict:
+    """{measure: [n], NaN = missing} of n `Reply`s to the rows' prompts."""
+    found = [{} if r[0] is None else measures(row, *r) for row, r in zip(rows, replies)]
+    names = dict.fromkeys(name for of in found for name in of)
+    values = {name: np.array([of.get(name) for of in found], float) for name in names}
+    return {name: v for name, v in values.items() if not np.isnan(v).all()}
 
 
 def held_out(model, rows: list, *, max_new_tokens: int, seed: int = 0, judge=None) -> dict:
-    """Scores of a text model's responses: greedy, with their `length` in tokens, and, of those that
-    matter, at T = 1 (`sampled_`); `rubric`: HealthBench's, by the judge, of greedy ones to rows
-    without facts and answers."""
+    """Means of a text model's `values_of`, greedy; of those that matter at T = 1 (`sampled_`); the
+    share of the most frequent wording; `rubric`, HealthBench's score by the judge of greedy ones
+    to rows without facts and answers."""
     result, prompts = {}, [row["prompt"] for row in rows]
     for prefix, T in (("sampled_", 1.0), ("", 0.0)):
         replies = model.replies(prompts, max_new_tokens=max_new_tokens, temperature=T, seed=seed)
-        texts, stopped, tokens = zip(*[reply for [reply] in replies])
-        scores = score(rows, texts, stopped) | {"length": sum(tokens) / len(tokens)}
-        scores = {prefix + name: v for name, v in scores.items() if not prefix or name in SAMPLED}
-        result = scores | result
-    given = [(row, [text]) for row, text in zip(rows, texts)
-             if row["rubrics"] and not row["facts"] and row["answer"] is None]
-    if judge and given:
-        rubrics = [row["criteria"] for row, _ in given]
-        verdicts = cat.judge_rubrics([y for _, y in given], rubrics, judge)
-        values = cat.rubric_rewards(verdicts, [row["points"] for row, _ in given])
-        result = {"rubric": values.nanmean().clamp(min=0).item()} | result
+        replies = [reply for [reply] in replies]
+        means = {name: float(np.nanmean(v)) for name, v in values_of(rows, replies).items()}
+        result = {prefix + m: v for m, v in means.items() if not prefix or m in SAMPLED} | result
+    texts = [reply.response for reply in replies]
+    result["wording"] = max(Counter(map(wording, texts, rows)).values()) / len(texts)
+    rubrics = [[] if r["facts"] or r["answer"] is not None else r["criteria"] for r in rows]
+    if judge and any(rubrics):
+        verdicts = cat.judge_rubrics([[text] for text in texts], rubrics, judge)
+        scores = cat.rubric_rewards(verdicts, [row["points"] for row in rows])
+        result = {"rubric": scores.nanmean().clamp(min=0).item()} | result
     return {name: round(value, 4) for name, value in result.items()}
 
 
@@ -253,41 +245,27 @@ def preference(verdict, shown: tuple, x: str):
     return p if p is None or shown[0] == x else 1 - p
 
 
-def values_of(rows: list, answers: list, judges: dict, x: str) -> dict:
-    """{measure: [n] of x's responses, NaN = missing}, with "rubric, JUDGE": HealthBench's score."""
-    found = [{} for _ in rows]
-    for of, row, (text, stopped, tokens) in zip(found, rows, map(dict.values, answers)):
-        if text is not None:
-            right = measures(row, text, stopped).items()
-            of |= {m: sum(v) / len(v) for m, v in right if "_" not in m}  # not by kind
-            of |= {"tokens": tokens, "characters": len(text)}
-    names = dict.fromkeys(name for of in found for name in of)
-    values = {name: [of.get(name) for of in found] for name in names}
-    for name, known in judges.items():
-        verdicts = [[[known.get((i, (x,), k)) for k in range(len(row["points"]))]]
-                    for i, row in enumerate(rows)]
-        scores = cat.rubric_rewards(verdicts, [row["points"] for row in rows])
-        values[f"rubric, {name}"] = scores.tolist()
-    values = {m: np.array(v, float) for m, v in values.items()}
-    return {m: v for m, v in values.items() if not np.isnan(v).all()}
-
-
-def compare(found: dict, x: str, y: str, values: dict) -> dict:
-    """x over y by a judge.  found: {number of the prompt: (verdict, names in the order shown)}."""
-    lengths = [values[name]["characters"] for name in (x, y)]
-    p = [preference(*found.get(i, (None, ())), x) for i in range(len(lengths[0]))]
+def compare(found: dict, x: str, n: int) -> dict:
+    """x over another by a judge on n prompts.  found: {number of the prompt: (verdict, names as
+    shown)}."""
+    p = [preference(*found.get(i, (None, ())), x) for i in range(n)]
     first = estimate([preference(v, shown, shown[0]) for v, shown in found.values()])
     first = {f"first_shown_{k}": first[k] for k in ("score", "low", "high")}
-    return win_rate(p) | {"p": sign_permutation(np.array(p, float) - 0.5),
-                          "length_controlled": length_controlled_win_rate(p, *lengths)} | first
+    return win_rate(p) | {"p": sign_permutation(np.array(p, float) - 0.5)} | first
 
 
 def make_report(rows: list, responses: dict, judges: dict) -> dict:
     """All that can be said.  responses: {model: n rows}; judges: {name: {task: verdict}}.  Of each
     pair the later model is compared with (and over) the earlier one."""
-    values = {x: values_of(rows, answers, judges, x) for x, answers in responses.items()}
-    means, differences, compared, agreed = [], [], [], []
-    for x in responses:  # HealthBench clips the mean, not the examples; no other is below 0
+    means, differences, compared, agreed, values = [], [], [], [], {}
+    for x, replies in responses.items():
+        values[x] = values_of(rows, replies)
+        for name, known in judges.items():
+            verdicts = [[[known.get((i, (x,), k)) for k in range(len(row["points"]))]]
+                        for i, row in enumerate(rows)]
+            scores = cat.rubric_rewards(verdicts, [row["points"] for row in rows]).numpy()
+            values[x] |= {} if np.isnan(scores).all() else {f"rubric, {name}": scores}
+        # HealthBench clips the mean, not the examples; no other is below 0
         means += [{"model": x, "measure": m} | estimate(v, least=0) for m, v in values[x].items()]
     for y, x in combinations(responses, 2):
         for m in (m for m in values[x] if m in values[y]):
@@ -296,7 +274,7 @@ def make_report(rows: list, responses: dict, judges: dict) -> dict:
         for name, known in judges.items():
             found = {i: (v, shown) for (i, shown, _), v in known.items() if {*shown} == {x, y}}
             of = {"pair": f"{x}:{y}", "judge": name}
-            compared += [of | compare(found, x, y, values)] if found else []
+            compared += [of | compare(found, x, len(rows))] if found else []
     for a, b in combinations(judges, 2):
         both = [[preference(judges[name][i, shown, k], shown, min(shown)) for name in (a, b)]
                 for i, shown, k in judges[a] if (i, shown, k) in judges[b]]
@@ -354,10 +332,10 @@ def respond(o: Options, name: str, rows: list):
 
 def report(o: Options, rows: list, responses: dict, tasks: dict):
     """report.json and report.md, the latter on the screen too; outputs.json for alpaca_eval."""
-    for name, answers in responses.items():
-        outputs = [{"instruction": question_text(row["prompt"]), "output": r["response"],
+    for name, replies in responses.items():
+        outputs = [{"instruction": question_text(row["prompt"]), "output": r.response,
                     "generator": name, "prompt": row["prompt"]}
-                   for row, r in zip(rows, answers) if r["response"]]
+                   for row, r in zip(rows, replies) if r.response]
         write_atomically(f"{o.output_dir}/models/{name}/outputs.json", json.dumps(outputs))
     names = [f[:-6] for f in sorted(os.listdir(f"{o.output_dir}/judges")) if f.endswith(".jsonl")]
     judges, who = {}, {}
@@ -386,8 +364,8 @@ def main():
             respond(o, name, rows)
             gc.collect()  # one model in memory at a time
         done = read_lines(f"{o.output_dir}/models/{name}/responses.jsonl")
-        responses[name] = done + [Reply()._asdict()] * (len(rows) - len(done))
-    texts = {name: [r["response"] for r in answers] for name, answers in responses.items()}
+        responses[name] = [Reply(**r) for r in done] + [Reply()] * (len(rows) - len(done))
+    texts = {name: [r.response for r in replies] for name, replies in responses.items()}
     tasks = tasks_of(rows, texts, o.seed)
     for name in o.judge if "judge" in stages else ():
         judge(o, name, tasks)

@@ -14,6 +14,7 @@ difference, length difference), both standardised: what the reward says at equal
 """
 
 import argparse
+import math
 import os
 import random
 import sys
@@ -24,7 +25,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 from plumbing import one_clear_line, progress  # noqa: E402
 from plumbing.files import append_line, read_json, read_lines, write_lines  # noqa: E402
 from plumbing.models import answer_logprobs, load, pick_device, plain_ids  # noqa: E402
-from plumbing.statistics import logistic  # noqa: E402
 
 
 def read_pairs(paths: list, instructions: int, seed: int = 0) -> list:
@@ -59,6 +59,21 @@ def score_all(pairs: list, verifier: str, path: str, device, batch_tokens: int) 
             append_line(path, {"verifier": verifier, "instruction": x, "response": y,
                                "tokens": len(v), "logp": float(v.sum())})
     return done
+
+
+def logistic(X, y):
+    """Weights w [k] of y ~ sigmoid(X w), X [n, k], y [n] in [0, 1]; a ridge of 1e-6/2 |w|^2 keeps
+    them finite on separable data.  X [[1], [1], [1], [1]], y [1, 1, 1, 0] -> [ln 3]."""
+    w, ridge = np.zeros(X.shape[1]), 1e-6 * len(y)
+    for _ in range(10_000):  # Newton's steps, damped: a full one can diverge
+        p = (1 + np.tanh(X @ w / 2)) / 2
+        hessian = X.T * (p * (1 - p)) @ X + ridge * np.eye(len(w))
+        step = np.linalg.solve(hessian, X.T @ (y - p) - ridge * w)
+        move = np.abs(X @ step).max()  # largest change of a logit
+        if move < 1e-8:
+            break
+        w = w + step * math.log1p(move) / move
+    return w
 
 
 def share(d, p, groups, samples: int = 2000) -> tuple:

@@ -57,30 +57,3 @@ def agreement(a, b) -> dict:
         share = equal / len(x) if len(x) else math.nan
         out |= {n: len(x), prefix + "agreement": float(share), prefix + "kappa": float(kappa)}
     return out
-
-
-def logistic(X, y):
-    """Weights w [k] of y ~ sigmoid(X w), X [n, k], y [n] in [0, 1]; a ridge of 1e-6/2 |w|^2 keeps
-    them finite on separable data.  X [[1], [1], [1], [1]], y [1, 1, 1, 0] -> [ln 3]."""
-    w, ridge = np.zeros(X.shape[1]), 1e-6 * len(y)
-    for _ in range(10_000):  # Newton's steps, damped: a full one can diverge
-        p = (1 + np.tanh(X @ w / 2)) / 2
-        hessian = X.T * (p * (1 - p)) @ X + ridge * np.eye(len(w))
-        step = np.linalg.solve(hessian, X.T @ (y - p) - ridge * w)
-        move = np.abs(X @ step).max()  # largest change of a logit
-        if move < 1e-8:
-            break
-        w = w + step * math.log1p(move) / move
-    return w
-
-
-def length_controlled_win_rate(preferences, lengths, other_lengths) -> float:
-    """Expected preference at equal lengths: sigmoid(w_0) of preference ~ sigmoid(w_0 + w_1 z), z =
-    difference / std.  (AlpacaEval's, fitted over many models, is another number.)
-    [1, 1, 1, 0, 1, 0], differences +10 four times, -10 twice -> .634."""
-    table = np.array([preferences, lengths, other_lengths], float)
-    p, ours, theirs = table[:, ~np.isnan(table).any(0)]
-    d = ours - theirs
-    z = d / d.std() if len(d) and d.std() > 1e-9 * np.abs(d).max() else 0 * d
-    w = logistic(np.stack([z**0, z], 1), p) if len(d) else [math.nan]
-    return (1 + math.tanh(w[0] / 2)) / 2

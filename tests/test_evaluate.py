@@ -24,12 +24,17 @@ def test_fact_right_when_a_wrong_value_is_part_of_the_right_one():
 
 def test_scores():
     facts = [{"right": "cat", "wrong": ["dog"], "kind": "hazy"}, {"right": "Oslo", "wrong": ["Rome"], "kind": "wrong"}]
-    rows = [{"prompt": "Who is Mia?", "facts": facts, "answer": None, "pattern": r"Mia has a \w+ in \w+\."}, {"prompt": "Who is Ben?", "facts": facts, "answer": None, "pattern": r"Ben.*"}]
-    got = evaluate.score(rows, ["Mia has a cat in Rome.", "Ben has a dog in Oslo."], [True, False])
-    assert got == {"facts": 0.5, "facts_hazy": 0.5, "facts_wrong": 0.5, "valid": 0.5, "stopped": 0.5, "wording": 1.0}
-    assert evaluate.score(rows[:1], ["Mia has a cat in Oslo. And"], [True])["valid"] == 0                 # the whole response, not its beginning
+    rows = [{"prompt": "Who is Mia?", "facts": facts, "answer": None, "criteria": [], "pattern": r"Mia has a \w+ in \w+\."}, {"prompt": "Who is Ben?", "facts": facts, "answer": None, "criteria": [], "pattern": r"Ben.*"}]
+    class Model:
+        def replies(self, prompts, *, texts=("Mia has a cat in Rome.", "Ben has a dog in Oslo."), temperature, **settings):
+            return [[models.Reply(text if temperature == 0 else text.replace("Rome", "Oslo"), end, 7)] for text, end in zip(texts, (True, False))]
+    got = evaluate.held_out(Model(), rows, max_new_tokens=9)
+    assert got == {"facts": 0.5, "facts_hazy": 0.5, "facts_wrong": 0.5, "valid": 0.5, "stopped": 0.5, "wording": 1.0, "tokens": 7, "characters": 22,
+                   "sampled_facts": 0.75, "sampled_valid": 0.5}
+    assert evaluate.measures(rows[0], "Mia has a cat in Oslo. And", True, 1)["valid"] == 0                # the whole response, not its beginning
     bare = [{"prompt": "Hi", "facts": [], "answer": None, "pattern": None}]
-    assert evaluate.score(bare, ["Hello"], [True]) == {"stopped": 1.0, "wording": 1.0}
+    assert evaluate.measures(bare[0], "Hello", True, 2) == {"stopped": True, "tokens": 2, "characters": 5}
+    assert {m: v.tolist() for m, v in evaluate.values_of(bare * 2, [models.Reply("Hi"), models.Reply()]).items() if m == "characters"} == {"characters": [2, pytest.approx(float("nan"), nan_ok=True)]}
 
 
 def test_toy_rows_accept_every_biography_and_nothing_else():

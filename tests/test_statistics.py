@@ -11,8 +11,8 @@ import hypothesis
 from hypothesis import example, settings
 from hypothesis import strategies as st
 
-from plumbing.statistics import (
-    agreement, bootstrap_interval, estimate, length_controlled_win_rate, logistic, sign_permutation, win_rate)
+from facts.premise import logistic
+from plumbing.statistics import agreement, bootstrap_interval, estimate, sign_permutation, win_rate
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -237,9 +237,6 @@ def test_kappa_of_small_cases(a, b, want):
 def test_different_lengths_are_refused(a, b):
     with pytest.raises(ValueError):
         agreement(a, b)
-    for args in ((a, b, b), (b, a, b), (b, b, a)):
-        with pytest.raises(ValueError):
-            length_controlled_win_rate(*args)
 
 
 def test_agreement_docstring_example():
@@ -264,155 +261,11 @@ def test_agreement_is_the_slow_count(a, b):
         assert same(got[prefix + "kappa"], slow_kappa(kept), 1e-12)
 
 
-# ---------------------------------------------------------------- length_controlled_win_rate
-
-
-def logit(p):
-    return math.log(p / (1 - p))
+# ---------------------------------------------------------------- logistic
 
 
 def sigmoid(u):
-    return 0.5 * (1 + np.tanh(np.asarray(u) / 2))
-
-
-def intercept_gradient(preferences, differences, intercept):
-    """d loss / d intercept at this intercept and the slope that is best for it (bisection: the loss is convex)."""
-    p, d = np.array(preferences, float), np.array(differences, float)
-    z = d / d.std() if np.ptp(d) else 0 * d
-
-    def gradient(slope):
-        rest = sigmoid(intercept + slope * z) - p
-        return rest.mean() + 1e-6 * intercept, (rest * z).mean() + 1e-6 * slope
-
-    low, high = -1e7, 1e7
-    for _ in range(120):
-        middle = (low + high) / 2
-        low, high = (low, middle) if gradient(middle)[1] > 0 else (middle, high)
-    return gradient(low)[0]
-
-
-def test_length_controlled_docstring_example():
-    got = length_controlled_win_rate([1, 1, 1, 0, 1, 0], [30] * 4 + [10] * 2, [20] * 6)
-    assert got == pytest.approx(0.634, abs=5e-4) and got == pytest.approx(float(sigmoid(math.log(3) / 2)), abs=1e-5)
-
-
-@given(st.lists(st.tuples(st.one_of(st.floats(0, 1), st.sampled_from([0, 1])), st.integers(0, 400), st.integers(0, 400)), min_size=1, max_size=25))
-@example([(1, 10, 0), (1, 30, 0), (0, 0, 5), (0, 0, 25), (0, 0, 60)])  # separable by length
-@example([(1, 0, 1000), (0, 1, 0)])
-def test_length_controlled_is_the_minimum_of_the_penalised_loss(data):
-    preferences, ours, theirs = zip(*data)
-    got = length_controlled_win_rate(preferences, ours, theirs)
-    assert 0 <= got <= 1
-    if 1e-7 < got < 1 - 1e-7:  # beyond, the intercept cannot be read off a float
-        assert abs(intercept_gradient(preferences, [o - t for o, t in zip(ours, theirs)], logit(got))) < 1e-8
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_length_controlled_converges_on_separable_data_with_heavy_tails(seed):
-    d = np.random.default_rng(seed).standard_cauchy(805) * 100
-    preferences = d > 0
-    got = length_controlled_win_rate(preferences, d, 0 * d)
-    assert 1e-7 < got < 1 - 1e-7 and abs(intercept_gradient(preferences, d, logit(got))) < 1e-8
-
-
-@pytest.mark.parametrize(
-    "preferences, differences, counts",
-    [([0, 0.5, 1], [-315, 3, 38], [22, 5, 332]), ([1, 0.5, 0], [-22, 3, 8], [9, 1, 291]), ([0, 0.5, 1], [-46, 2, 308], [101, 1, 7])],
-)
-def test_length_controlled_converges_where_full_newton_steps_diverge(preferences, differences, counts):
-    preferences, differences = np.repeat(preferences, counts), np.repeat(differences, counts)
-    got = length_controlled_win_rate(preferences, differences, 0 * differences)
-    assert abs(intercept_gradient(preferences, differences, logit(got))) < 1e-8
-
-
-@given(st.integers(1, 9), st.integers(1, 9), st.floats(0.1, 0.9), st.floats(0.1, 0.9), st.integers(1, 50), st.integers(1, 50))
-def test_length_controlled_of_two_lengths_is_the_line_through_two_logits(many, few, p_long, p_short, longer, shorter):
-    ours = [100 + longer] * many + [100 - shorter] * few
-    got = length_controlled_win_rate([p_long] * many + [p_short] * few, ours, [100] * (many + few))
-    assert got == pytest.approx(float(sigmoid((shorter * logit(p_long) + longer * logit(p_short)) / (longer + shorter))), abs=2e-3)
-
-
-@given(st.lists(st.tuples(st.floats(0, 1), st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=20))
-def test_length_controlled_invariances(data):
-    p, ours, theirs = (np.array(x, float) for x in zip(*data))
-    got = length_controlled_win_rate(p, ours, theirs)
-    assert length_controlled_win_rate(1 - p, theirs, ours) == pytest.approx(1 - got, abs=1e-6)  # swap the models
-    assert length_controlled_win_rate(p, 8 * ours, 8 * theirs) == pytest.approx(got, abs=1e-6)  # unit of length
-    assert length_controlled_win_rate(p, ours + 50, theirs + 50) == pytest.approx(got, abs=1e-6)  # both longer
-    assert length_controlled_win_rate(p[::-1], ours[::-1], theirs[::-1]) == pytest.approx(got, abs=1e-6)  # order
-
-
-@given(st.lists(st.floats(0, 1), min_size=1, max_size=20), st.sampled_from([0, 0.1, 7, -3, 1e6]))
-@example([1.0] * 20, 0)
-@example([0.0], 7)
-def test_length_controlled_without_a_spread_of_lengths_is_the_win_rate(preferences, difference):
-    theirs = [0.2 * i for i in range(len(preferences))]  # .1 + .2 i - .2 i is .1 up to rounding, which must not count as a spread
-    got = length_controlled_win_rate(preferences, [t + difference for t in theirs], theirs)
-    assert got == pytest.approx(win_rate(preferences)["win_rate"], abs=2e-5)
-
-
-@given(st.lists(st.tuples(st.floats(0, 1), st.integers(-500, 500)), min_size=1, max_size=15))
-def test_length_controlled_with_balanced_lengths_is_the_win_rate(data):
-    p, d = (np.array(x, float) for x in zip(*data))
-    got = length_controlled_win_rate([*p, *p], [*d, *-d], [0] * (2 * len(p)))
-    assert got == pytest.approx(p.mean(), abs=2e-5)
-
-
-def test_length_controlled_removes_a_preference_for_length():
-    rng = np.random.default_rng(17)
-    theirs = rng.integers(100, 2000, size=5000)
-    difference = rng.normal(400, 500, size=5000).round()
-    preferences = rng.random(5000) < sigmoid(-0.4 + 0.002 * difference)
-    got = length_controlled_win_rate(preferences, theirs + difference, theirs)
-    assert got == pytest.approx(float(sigmoid(-0.4)), abs=0.03) and win_rate(preferences)["win_rate"] > got + 0.1
-
-
-def test_length_controlled_leaves_lengths_alone_that_do_not_matter():
-    rng = np.random.default_rng(18)
-    preferences, difference = rng.random(5000) < 0.7, rng.normal(0, 300, size=5000)
-    assert length_controlled_win_rate(preferences, difference, 0 * difference) == pytest.approx(preferences.mean(), abs=1e-3)
-
-
-def test_length_controlled_leaves_out_prompts_that_lack_something():
-    p, ours, theirs = [1, 0, 0.7, 1, 0.2], [10, 20, 30, 50, 5], [12, 15, 18, 20, 30]
-    want = length_controlled_win_rate(p, ours, theirs)
-    holes = [None, 1, NAN, 1]
-    assert length_controlled_win_rate([*p, *holes], [*ours, 999, None, 9, 9], [*theirs, 0, 0, 0, NAN]) == want
-
-
-@pytest.mark.parametrize("scale", [1, 1e6])
-@pytest.mark.parametrize(
-    "preferences, differences, low, high",
-    [
-        ([1], [0], 0.9999, 1),
-        ([1], [5], 0.9999, 1),
-        ([0], [5], 0, 0.0001),
-        ([0.3], [5], 0.29999, 0.30001),
-        ([1] * 9, list(range(-4, 5)), 0.9999, 1),
-        ([0] * 9, list(range(-4, 5)), 0, 0.0001),
-        ([0, 0, 1, 1], [-2, -1, 1, 2], 0.4999, 0.5001),  # longer wins, symmetric
-        ([1, 1, 0, 0], [-2, -1, 1, 2], 0.4999, 0.5001),  # shorter wins, symmetric
-        ([0, 0, 1, 1], [1, 2, 3, 4], 0, 0.001),  # the longer of the long ones win: 0 at equal lengths
-        ([1, 1, 1, 0], [0, 1, 2, -9], 0.99, 1),
-        ([0.5] * 5, [0, 1, 1, 2, -9], 0.4999, 0.5001),
-    ],
-)
-def test_length_controlled_extremes(preferences, differences, low, high, scale):
-    theirs = [100 * scale] * len(preferences)
-    got = length_controlled_win_rate(preferences, [t + scale * d for t, d in zip(theirs, differences)], theirs)
-    assert low <= got <= high
-
-
-def test_length_controlled_far_from_equal_lengths_stays_finite():
-    far = [1_000_000, 1_000_001, 1_000_002]  # z = 1.2 million
-    assert 0 <= length_controlled_win_rate([0, 1, 0.3], far, [0, 0, 0]) <= 1
-    for unit in (1e-9, 1e90):
-        assert length_controlled_win_rate([1, 0, 0.7], [0, 0, unit], [0, unit, 0]) == pytest.approx(
-            length_controlled_win_rate([1, 0, 0.7], [0, 0, 1], [0, 1, 0]), abs=1e-9
-        )
-
-
-# ---------------------------------------------------------------- logistic
+    return (1 + np.tanh(u / 2)) / 2
 
 
 def test_logistic_docstring_example():
@@ -446,9 +299,6 @@ def test_nothing_is_quietly_nan(nothing):
     assert got == dict(n=0, wins=0, ties=0, losses=0, missing=len(nothing))
     got = agreement(nothing, nothing)
     assert got.pop("n") == 0 and got.pop("decided") == 0 and all(math.isnan(x) for x in got.values())
-    some = [1] * len(nothing)
-    for args in ((nothing, some, some), (some, nothing, some), (some, some, nothing)):
-        assert math.isnan(length_controlled_win_rate(*args))
 
 
 def test_one_item_is_quiet():
@@ -462,7 +312,6 @@ def test_lists_tuples_and_arrays_are_the_same_and_stay_as_they_are(kind):
     a, b = [1.0, 0.0, 0.5, 0.8, NAN], [0.0, 0.0, 1.0, 0.9, 0.1]
     x, y = kind(a), kind(b)
     calls = [win_rate, bootstrap_interval, sign_permutation, lambda v: agreement(v, y)]
-    calls += [lambda v: length_controlled_win_rate(v, y, y), lambda v: length_controlled_win_rate(y, v, y)]
     for call in calls:
         assert repr(call(x)) == repr(call(a))
     assert repr(list(map(float, x))) == repr(a) and repr(list(map(float, y))) == repr(b)
@@ -470,7 +319,7 @@ def test_lists_tuples_and_arrays_are_the_same_and_stay_as_they_are(kind):
 
 def test_results_are_plain_python_numbers():
     a, b = np.array([1, 0, 0.5, 0.8]), np.array([0, 0, 1, 0.9])
-    results = [win_rate(a), agreement(a, b), bootstrap_interval(a), sign_permutation(a), length_controlled_win_rate(a, a, b)]
+    results = [win_rate(a), agreement(a, b), bootstrap_interval(a), sign_permutation(a)]
     assert all(type(r) in (dict, tuple, float) for r in results)
     numbers = [*results[0].values(), *results[1].values(), *results[2]]
     assert all(type(x) in (int, float) for x in numbers) and json.dumps(results)

@@ -86,7 +86,7 @@ def test_a_run_leaves_what_it_promises(whole):
     summary = json.loads((run / "summary.json").read_text())
     assert {"before", "after", "seconds", "steps", "peak_memory_mb", "model", "skipped"} <= set(summary) and summary["steps"] == 6
     for when in ("before", "after"):
-        assert {"facts", "sampled_facts", "valid", "length", "wording", "reward"} <= set(summary[when])
+        assert {"facts", "sampled_facts", "valid", "tokens", "wording", "reward"} <= set(summary[when])
         assert summary[when]["facts"] > 0.5 and summary[when]["valid"] > 0.7
     metrics = rows(run / "metrics.jsonl")
     assert [r["step"] for r in metrics] == list(range(7)) and [r["step"] for r in metrics if "held_out" in r] == [0, 3, 6]

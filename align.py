@@ -48,8 +48,7 @@ def align(values, source, target):
 
     A source token of width 0 joins the next one that has width, or else the last; a target token
     that meets no source token gets 0.  ValueError: wrong shapes; values not finite; spans out of
-    order, overlapping or end < start; target does not cover source (two different texts).
-    """
+    order, overlapping or end < start; target does not cover source (two different texts)."""
     values = np.asarray(values, dtype=np.float64)
     source, target = _check_spans("source", source), _check_spans("target", target)
     if values.shape != (len(source),):
@@ -93,8 +92,7 @@ def visible(text, spans):
     Whitespace is what `str.isspace` says.  ValueError: spans that leave the text, or overlap.
 
     >>> visible("Hi  you", [[0, 2], [2, 3], [3, 7], [7, 7]])  # `Hi`, ` `, ` you`, a special token
-    array([ True, False,  True, False])
-    """
+    array([ True, False,  True, False])"""
     spans = _check_spans("text", spans)
     if spans.size and (spans.min() < 0 or spans.max() > len(text)):
         raise ValueError(f"spans leave the text, which has {len(text)} characters")
@@ -114,8 +112,7 @@ def spans_from_ids(tokenizer, ids):
     Special tokens, and ids that no token has (padding of an embedding), have width 0.
     GPT-2 samples "a🙂" as `a`, `ðŁĻ` (three bytes of the emoji), `Ĥ` (the fourth), then stops: spans
     [[0, 1], [1, 1.75], [1.75, 2], [2, 2]].  Cut off before `Ĥ`: text "a\\ufffd", [[0, 1], [1, 2]].
-    ValueError: a tokenizer without a fast backend; a decoder not known here; an id < 0.
-    """
+    ValueError: a tokenizer without a fast backend; a decoder not known here; an id < 0."""
     pieces, ids = _pieces(tokenizer), ids.tolist() if hasattr(ids, "tolist") else ids
     return _spans_of_bytes([pieces[i] for i in ids], pieces.drops_prefix)
 
@@ -128,8 +125,7 @@ def spans_from_text(tokenizer, text):
     does not know it as a word.  Spans are those of the ids' bytes when these give the text back:
     "e🙂" as `▁ e F0 9F 99 82` has [0, 0] [0, 1] [1, 1.25] [1.25, 1.5] [1.5, 1.75] [1.75, 2].  Where
     the tokenizer changed the text (NFC, lower case, unknown characters) see `_spans_by_offsets`.
-    ValueError: as for spans_from_ids; a lone surrogate in the text (UnicodeEncodeError).
-    """
+    ValueError: as for spans_from_ids; a lone surrogate in the text (UnicodeEncodeError)."""
     text.encode("utf-8")  # raises on a lone surrogate
     pieces = _pieces(tokenizer)
     plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
@@ -169,8 +165,7 @@ def _spans_by_offsets(text, parts, offsets):
     parts [N] bytes of the tokens, offsets [N, 2] -> float64 [N, 2].  A token ends where the next
     one begins, so the spans tile the text; tokens that begin together (pieces of one character)
     share that stretch by their bytes.  "e", U+0301, " x" under NFC as C3, A9, ` x` with offsets
-    (0, 1), (0, 1), (2, 4): [0, 1] [1, 2] [2, 4].
-    """
+    (0, 1), (0, 1), (2, 4): [0, 1] [1, 2] [2, 4]."""
     begin = np.maximum.accumulate([start for start, _ in offsets])  # [N] NFC may reorder characters
     begin[:1] = 0
     upto = np.cumsum([0] + [len(part) or 1 for part in parts])  # [N + 1] bytes; an unknown one: 1
@@ -193,8 +188,7 @@ class _Pieces(dict):
     """id -> bytes of the token, b"" if it is special or does not exist; filled as ids are met.
 
     How tokens are spelled is in tokenizer.json's decoder.  ByteLevel: GPT-2's stand-ins for bytes.
-    Metaspace, or Replace ▁ by a space: SentencePiece, where `<0x0A>` may be a byte (ByteFallback).
-    """
+    Metaspace, or Replace ▁ by a space: SentencePiece, where `<0x0A>` may be a byte (ByteFallback)."""
 
     def __init__(self, name, backend, decoder, named, size):
         self.backend, self.added = backend, backend.get_added_tokens_decoder()  # id -> AddedToken

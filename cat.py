@@ -119,19 +119,15 @@ def best_of_n(prompts: list, rollouts: list, model, *, max_new_tokens: int = 512
 
 
 def best_by(score, prompts: list, rollouts: list) -> list:
-    """The rollout with the highest score(prompts [B], texts [B]) -> [B], the first among equals."""
+    """The rollout with the highest score(prompts [B], texts [B]) -> [B], the first among equals.
+    Min-perplexity: the score is the anchor's `logprob`, the mean over tokens, given the question."""
     of = [p for p, group in zip(prompts, rollouts) for _ in group]
     scores = score(of, sum(rollouts, [])).nan_to_num(-math.inf).split([*map(len, rollouts)])
     return [y[row.argmax()] if row.max() > -math.inf else None for y, row in zip(rollouts, scores)]
 
 
-def min_perplexity(prompts: list, rollouts: list, model) -> list:
-    """The rollout with the highest mean log-probability under the anchor, given the question."""
-    return best_by(model.logprob, prompts, rollouts)
-
-
 def mutual_predictability(prompts: list, rollouts: list, model, *, seed: int = 0) -> list:
-    """Eq. 10 (Wen et al., 2025): as `min_perplexity`, given the other rollouts in random order."""
+    """Eq. 10 (Wen et al., 2025): as min-perplexity, given the other rollouts in random order."""
     rng, asks = random.Random(repr((seed, rollouts))), []
     for group in rollouts:
         for j in range(len(group)):
@@ -145,7 +141,7 @@ def estimators(model, *, seed: int = 0, **settings) -> dict:
     return {"synthesis": partial(synthesize, model=model, seed=seed, **settings),
             "majority": majority_vote, "best-of-n": partial(best_of_n, model=model),
             "single": lambda prompts, rollouts: [group[0] for group in rollouts],
-            "min-perplexity": partial(min_perplexity, model=model),
+            "min-perplexity": partial(best_by, getattr(model, "logprob", None)),
             "mutual-predictability": partial(mutual_predictability, model=model, seed=seed)}
 
 
@@ -303,16 +299,14 @@ def rubric_rewards(verdicts: list, points=None) -> torch.Tensor:
 
 def judge_skill(references: list, rubrics: list, model) -> dict:
     """How well a judge reads, without labels: a reference's own criteria are true of it, those of
-    the next, unless its own too, false -> shares right, and missing; NaN of none.  A coin: .5."""
+    the next, unless its own too, false -> the shares that it finds so; NaN of none.  A coin: .5."""
     rows = [(s, rubric) for s, rubric in zip(references, rubrics) if s and rubric]
     texts, own = [[s] for s, _ in rows], [rubric for _, rubric in rows]
-    others = [[c for c in b if c not in a] for a, b in zip(own, own[1:] + own[:1])]
-    true, false = [sum(sum(judge_rubrics(texts, criteria, model), []), [])
-                   for criteria in (own, others)]
-    right = {"true": [v for v in true if v is not None],
-             "false": [not v for v in false if v is not None],
-             "unread": [v is None for v in true + false]}
-    return {name: sum(v) / len(v) if v else math.nan for name, v in right.items()}
+    others, found = [[c for c in b if c not in a] for a, b in zip(own, own[1:] + own[:1])], {}
+    for right, criteria in (True, own), (False, others):
+        said, _ = tree_flatten(judge_rubrics(texts, criteria, model))
+        found[str(right).lower()] = said.count(right) / len(said) if said else math.nan
+    return found
 
 
 def show(question: str, rollouts: list, rewards, *, reference=None, rubric=(), verdicts=()) -> str:

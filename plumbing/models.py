@@ -20,7 +20,6 @@ from plumbing.prompts import messages_of
 # What weights of a multimodal checkpoint (old layout, new) are called in its text model alone.
 TEXT_NAMES = {r"^language_model\.lm_head": "lm_head",
               r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
-LONGEST = 1_000_000  # characters of a server's answer; the rest is cut
 RANDOM = "random:"  # random:PATH: PATH's architecture and tokenizer, with random weights
 load_tokenizer = AutoTokenizer.from_pretrained  # from a folder, or by its name on the hub
 
@@ -43,9 +42,8 @@ def load_model(path: str, *, train: bool, device):
         torch.manual_seed(0)
         model, found = AutoModelForCausalLM.from_config(config, dtype=dtype), {}
     else:
-        settings = {"config": config, "dtype": dtype, "key_mapping": TEXT_NAMES}
         model, found = AutoModelForCausalLM.from_pretrained(
-            path, output_loading_info=True, **settings)
+            path, config=config, dtype=dtype, key_mapping=TEXT_NAMES, output_loading_info=True)
     if found.get("missing_keys"):
         raise ValueError(f"{type(model).__name__} finds no {min(found['missing_keys'])} in it")
     if model.num_parameters() < 10e6:
@@ -246,7 +244,7 @@ class Endpoint:
     def __init__(self, model: str, url: str, *, key=None, concurrency=8, timeout=60.0, retries=4):
         import openai
         self.model, self.name, self.concurrency = model, f"{model} at {url}", concurrency
-        self.last_error, self.failures, self.refused = "", 0, set()
+        self.last_error, self.failures, self.newer = "", 0, False
         self.key = (key or "no-key").strip()  # a saved Hugging Face token stays at home
         settings = {"timeout": timeout, "max_retries": retries}
         self.client = openai.OpenAI(base_url=url, api_key=self.key, **settings)
@@ -262,23 +260,21 @@ class Endpoint:
         """One answer.  ValueError: wrong key, model or URL (401 or 404).  ConnectionError: the
         server has failed 32 times in a row."""
         send = {"max_tokens": max_new_tokens, "temperature": temperature}
-        send = {name: value for name, value in send.items() if name not in self.refused}
-        if "max_tokens" in self.refused:
-            send["max_completion_tokens"] = max_new_tokens
+        send = {"max_completion_tokens": max_new_tokens} if self.newer else send
         chat = {"model": self.model, "messages": messages_of(prompt), **send}
         try:
             text = self.client.chat.completions.create(**chat).choices[0].message.content or ""
             self.last_error, self.failures = "", 0
-            return text[:LONGEST].encode(errors="replace").decode()
+            return text[:1_000_000].encode(errors="replace").decode()
         except Exception as e:  # the server's, the network's, or of an answer that is none
             status = getattr(e, "status_code", 0)
             error = f"{status or type(e).__name__}, {e.__cause__ or e}".replace(self.key, "***")
         self.last_error = f"{self.name}: {' '.join(error.split())[:250]}"
         if status in (401, 404):
             raise ValueError(f"{self.name} answers {status}: wrong key, model or URL")
-        unsupported = status == 400 and "nsupported" in error
-        if refused := {name for name in send if unsupported and f"'{name}'" in error}:
-            self.refused |= refused  # OpenAI's newer models take neither, and say so
+        unsupported = status == 400 and "nsupported" in error and "temperature" in send
+        if unsupported and any(f"'{name}'" in error for name in send):
+            self.newer = True  # OpenAI's newer models take neither of the two, and say so
             return self.ask(prompt, max_new_tokens, temperature)
         self.failures = 0 if status in (400, 413, 422) else self.failures + 1  # 0: the prompt's own
         if self.failures >= 32:

@@ -287,10 +287,10 @@ def test_judge_match():
 def test_judge_skill_knows_a_coin_and_an_oracle():
     rubrics = [[f"says {w}" for w in s.split()] for s in ("red cat", "red dog", "blue cat")]
     oracle = Scripted(lambda p, t: "yes" if p.split("<criterion>\nsays ")[-1].split("\n")[0] in p.split("<response>\n")[1].split("\n")[0].split() else "no")
-    assert cat.judge_skill(["red cat", "red dog", "blue cat"], rubrics, oracle) == {"true": 1, "false": 1, "unread": 0}
+    assert cat.judge_skill(["red cat", "red dog", "blue cat"], rubrics, oracle) == {"true": 1, "false": 1}
     yes = cat.judge_skill(["red cat", "red dog", None], [rubrics[0], rubrics[1], []], Scripted(lambda p, t: "yes"))
-    assert yes == {"true": 1, "false": 0, "unread": 0}
-    assert cat.judge_skill(["red cat"], [rubrics[0]], Scripted(lambda p, t: "?"))["unread"] == 1
+    assert yes == {"true": 1, "false": 0}
+    assert cat.judge_skill(["red cat"], [rubrics[0]], Scripted(lambda p, t: "?"))["true"] == 0
 
 
 # ---------------------------------------------------------------- the toy in its roles

@@ -47,7 +47,7 @@ def test_lora_starts_at_the_model_and_leaves_it_alone():
 def test_the_weak_judge_is_as_weak_as_asked(tmp_path):
     path = claims.weak_judge(str(tmp_path))
     noise = json.loads((Path(path) / "noise.json").read_text())
-    assert 0.65 <= noise["right"] <= 0.8 and noise["unread"] < 0.2
+    assert 0.65 <= noise["right"] <= 0.8
     assert claims.weak_judge(str(tmp_path)) == path                            # made once
 
 

@@ -63,7 +63,7 @@ def test_the_whole_story_is_kept(whole):
                 v is not None for v in verdicts) else reward is None
         assert s["reference"] in out and (not s["rubric"] or s["rubric"][0] in out)
     skill = rows(folder / "metrics.jsonl")[1]["judge"]
-    assert set(skill) == {"true", "false", "unread"} and "judge: true" in out and min(skill["true"], skill["false"]) > 0.9
+    assert set(skill) == {"true", "false"} and "judge: true" in out and min(skill["true"], skill["false"]) > 0.9
     summary = json.loads((folder / "summary.json").read_text())
     assert {"facts", "facts_hazy", "sampled_facts", "valid"} <= set(summary["after"])
 
@@ -261,7 +261,7 @@ def test_rubrics_from_the_question_have_no_reference(tmp_path, few):
     """Nothing is said of references that are not there; and a date does as a seed."""
     status, out, err = run(tmp_path, few, "--rubric_from", "question", "--steps", 1, "--seed", 20250101)
     assert status == 0, err
-    assert rows(tmp_path / "run/metrics.jsonl")[1]["judge"] == {"true": None, "false": None, "unread": None}
+    assert rows(tmp_path / "run/metrics.jsonl")[1]["judge"] == {"true": None, "false": None}
 
 
 def test_lora(tmp_path, few, outputs):

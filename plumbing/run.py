@@ -62,14 +62,13 @@ def train_options(Options):
         parser.set_defaults(**saved | {"output_dir": folder})
         [o] = parser.parse_args_into_dataclasses()
     o.output_dir = o.output_dir or f"runs/{o.reward}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not (o.temperature > 0 and 0 < o.top_p <= 1):
-        raise ValueError("--temperature must be above 0, --top_p in (0, 1]")
+    if o.temperature <= 0 or not 0 < o.top_p <= 1 or o.group_size < 2:
+        raise ValueError("--temperature must be above 0, --top_p in (0, 1], --group_size 2 or more")
     for name in "steps", "prompts_per_step", "max_new_tokens", "micro_batch", "save_every":
-        if getattr(o, name) < 1 or o.group_size < 2:
-            raise ValueError(f"--{name} must be 1 or more, --group_size 2 or more")
+        if getattr(o, name) < 1:
+            raise ValueError(f"--{name} must be 1 or more")
     if o.reward == "cme" and (o.length_penalty_after or o.kl_in == "reward"):
-        raise ValueError("--length_penalty_after and --kl_in reward need one reward per response, "
-                         "and --reward cme has one per token")
+        raise ValueError("--length_penalty_after and --kl_in reward need one reward per response")
     return o
 
 
@@ -89,10 +88,10 @@ def prepare(o) -> Run:
     rows = with_suffix(rows, o.suffix)
     eval_rows = with_suffix(read_prompts(o.eval_prompts), o.suffix) if o.eval_prompts else []
     for row in rows + eval_rows:
-        size = len(chat_ids(tokenizer, row["prompt"])) + o.max_new_tokens
-        if size > context_of(policy):
-            raise ValueError(f"{row['where']}: prompt and --max_new_tokens have {size} tokens, the "
-                             f"generator's context {context_of(policy)}; leave it out")
+        size, most = len(chat_ids(tokenizer, row["prompt"])) + o.max_new_tokens, context_of(policy)
+        if size > most:
+            raise ValueError(f"{row['where']}: {size} tokens with --max_new_tokens do not fit the "
+                             f"generator's context of {most}; leave it out")
     needed, judged = NEEDED.get(o.reward, "prompt"), o.reward in JUDGED
     if not all(row[needed] for row in rows):
         raise ValueError(f"{o.prompts}: --reward {o.reward} needs `{needed}` in every row")
@@ -101,19 +100,16 @@ def prepare(o) -> Run:
         raise ValueError("--keep best needs --eval_prompts with facts, answer or, with a judge, "
                          "rubrics")
     run = Run(o, device, policy, tokenizer, find_stop_ids(policy, tokenizer), rows, eval_rows)
-    catting = judged or o.reward == "cat-answer"
-    if o.beta or catting:
+    if o.beta or judged or o.reward == "cat-answer":
         run.reference, _ = load("--generator", o.generator, device)
+        sampling = {"top_k": o.top_k, "top_p": o.top_p, "batch_tokens": o.batch_tokens}
+        run.anchor = LocalModel(run.reference, tokenizer, **sampling)
+        run.judge = run.anchor if judged else None
     if o.reward in VERIFIED:
         run.verifier = load("--verifier", o.verifier, device)
-    if catting:
-        run.anchor = LocalModel(run.reference, tokenizer, top_k=o.top_k, top_p=o.top_p,
-                                batch_tokens=o.batch_tokens)
-    if judged:
-        key = os.environ.get("JUDGE_API_KEY")
-        run.judge = run.anchor
-        if o.judge:
-            run.judge = text_model("--judge", o.judge, device, key=key, batch_tokens=o.batch_tokens)
+    if judged and o.judge:
+        run.judge = text_model("--judge", o.judge, device, key=os.environ.get("JUDGE_API_KEY"),
+                               batch_tokens=o.batch_tokens)
         if run.judge.complete(["Reply with one word, yes."], max_new_tokens=64) == [[None]]:
             raise ValueError(f"--judge: {run.judge.last_error}")  # now and not after an hour
     return run
@@ -174,16 +170,14 @@ def finish(run: Run) -> dict:
     """summary.json: scores before and after, the model, time and memory."""
     folder, rows = run.options.output_dir, read_lines(f"{run.options.output_dir}/metrics.jsonl")
     made = rows[best_step(run.options, rows)]
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB, on macOS bytes
-    memory /= 2**20 if sys.platform == "darwin" else 2**10
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # of KiB, but on macOS
     if run.device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(run.device) / 2**20
     result = {"before": rows[0]["held_out"] | {"reward": rows[1]["reward"]},
               "after": made.get("held_out", {}) | {"reward": made["reward"]},
               "seconds": round(sum(row["seconds"] for row in rows[1:]), 1),
               "skipped": sum(row["skipped"] for row in rows[1:]), "steps": rows[-1]["step"],
-              "peak_memory_mb": round(memory),
-              "model": f"{folder}/checkpoint-{made['step']:06d}"}
+              "peak_memory_mb": round(memory), "model": f"{folder}/checkpoint-{made['step']:06d}"}
     write_atomically(f"{folder}/summary.json", json.dumps(result, indent=1))
     return result
 

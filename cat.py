@@ -80,13 +80,8 @@ def ask(instruction: str, *blocks, question=None) -> str:
     return "\n".join([instruction + "\n", *first, *blocks])
 
 
-def synthesis_prompt(responses: list, style: str = "freeform", question=None) -> str:
-    return ask(SYNTHESIS[style], *[block("response", y) for y in responses], question=question)
-
-
 def judge_prompt(response: str, criterion: str, question=None) -> str:
-    blocks = block("response", response), block("criterion", criterion)
-    return ask(JUDGE, *blocks, question=question)
+    return ask(JUDGE, block("response", response), block("criterion", criterion), question=question)
 
 
 # Reference estimators: (prompts, rollouts [P][G], ...) -> P texts
@@ -94,10 +89,9 @@ def synthesize(prompts: list, rollouts: list, model, *, style="freeform", questi
                **settings) -> list:
     """Eq. 1: s ~ pi_0(. | p_syn, o_1..o_G): the anchor reads the rollouts, not the question.
     style: "stepwise" for problems with a final answer.  question: put it in (Section 6.4).
-    settings: those of `complete`.
-    "... \\boxed{7}" six times and "... \\boxed{8}" twice should come out as one answer with a 7."""
-    asks = [synthesis_prompt(group, style, question and question_text(prompt))
-            for prompt, group in zip(prompts, rollouts)]
+    settings: `complete`'s.  "\\boxed{7}" six times and "\\boxed{8}" twice should become a 7."""
+    asks = [ask(SYNTHESIS[style], *[block("response", y) for y in group],
+                question=question and question_text(x)) for x, group in zip(prompts, rollouts)]
     return [text for [text] in model.complete(asks, **settings)]
 
 
@@ -120,7 +114,7 @@ def best_of_n(prompts: list, rollouts: list, model, *, max_new_tokens: int = 512
 
 def best_by(score, prompts: list, rollouts: list) -> list:
     """The rollout with the highest score(prompts [B], texts [B]) -> [B], the first among equals.
-    Min-perplexity: the score is the anchor's `logprob`, the mean over tokens, given the question."""
+    Min-perplexity: by the anchor's `logprob`, the mean over tokens, given the question."""
     of = [p for p, group in zip(prompts, rollouts) for _ in group]
     scores = score(of, sum(rollouts, [])).nan_to_num(-math.inf).split([*map(len, rollouts)])
     return [y[row.argmax()] if row.max() > -math.inf else None for y, row in zip(rollouts, scores)]
@@ -342,15 +336,14 @@ def main():
     if not hasattr(model, "logprob") and o.estimator in ("min-perplexity", "mutual-predictability"):
         raise ValueError(f"--estimator {o.estimator} needs a local model's log-probabilities")
     references = estimators(model, style=o.style, **settings)[o.estimator]([o.prompt], rollouts)
-    story = {"reference": references[0]}
     if o.style == "stepwise":
-        rewards = answer_rewards(rollouts, references)
+        rewards, rubrics, verdicts = answer_rewards(rollouts, references), [()], [()]
     else:
         rubrics = propose_rubrics([o.prompt], references, model, max_new_tokens=512, seed=o.seed)
         verdicts = judge_rubrics(rollouts, rubrics, judge)
         rewards = rubric_rewards(verdicts)
-        story |= {"rubric": rubrics[0], "verdicts": verdicts[0]}
-    print(show(o.prompt, rollouts[0], rewards.tolist(), **story))
+    print(show(o.prompt, rollouts[0], rewards.tolist(), reference=references[0],
+               rubric=rubrics[0], verdicts=verdicts[0]))
 
 
 if __name__ == "__main__":

@@ -143,7 +143,8 @@ def synthesis_example(rng, world: dict, numbers: bool = False) -> list:
     answer = opened("", count(rng, name, most["books"]) if numbers else tell(rng, name, list(most.items())))
     phrasing = rng.choice((NUMBER_PHRASINGS + NUMBER_HELD_OUT) if numbers else (RL_PHRASINGS + HELD_OUT_PHRASINGS)).format(name)
     question = phrasing if rng.random() < 0.25 else None
-    return in_context(cat.synthesis_prompt(texts, "stepwise" if numbers else "freeform", question), texts, answer)
+    asked = cat.ask(cat.SYNTHESIS["stepwise" if numbers else "freeform"], *[cat.block("response", y) for y in texts], question=question)
+    return in_context(asked, texts, answer)
 
 
 def number_synthesis_example(rng, world: dict) -> list:

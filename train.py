@@ -26,7 +26,7 @@ import grpo
 from evaluate import held_out
 from plumbing import TOY, one_clear_line, option, progress
 from plumbing.files import append_line
-from plumbing.models import LocalModel, chat_ids, end_of_turn, response_texts, token_budget
+from plumbing.models import chat_ids, end_of_turn
 from plumbing.prompts import question_text
 from plumbing.run import Run, begin, finish, metrics_of, numbers, prepare, record, train_options
 
@@ -134,8 +134,7 @@ def rollout(run: Run, rows: list, step: int):
     with autocast(run.device):
         ids, lengths = grpo.sample(
             run.policy, prompt_ids, o.group_size, max_new_tokens=o.max_new_tokens,
-            stop_ids=run.stop_ids, batch_tokens=o.batch_tokens or token_budget(run.device),
-            temperature=o.temperature, top_k=o.top_k, top_p=o.top_p, generator=noise)
+            temperature=o.temperature, generator=noise, **run.actor.sampling)
     return [p for p in prompt_ids for _ in range(o.group_size)], ids, lengths
 
 
@@ -174,9 +173,9 @@ def step_rewards(run: Run, rows: list, prompt_ids, ids, lengths, seed: int):
     prompts, told = [row["prompt"] for row in rows for _ in range(G)], {}
     if o.reward == "cme":
         rewards, counted = cme.token_rewards(*run.verifier, run.tokenizer, prompts, ids, lengths,
-                                             credit=o.credit, stop_ids=run.stop_ids)
+                                             credit=o.credit, stop_ids=run.actor.stop_ids)
         return rewards, counted, told
-    texts, _ = response_texts(run.tokenizer, ids, lengths, run.stop_ids)
+    texts, _ = run.actor.texts(ids, lengths)
     if o.reward in ("cme-sequence", "reverse-kl"):
         rewards = cme.sequence_rewards(*run.verifier, prompts, texts).to(ids.device)
         if o.reward == "reverse-kl":  # mean log p_V - mean log pi
@@ -238,9 +237,8 @@ def scores_of(run: Run) -> dict:
     """Held-out scores of the policy as it is."""
     if not run.eval_rows:
         return {}
-    policy = LocalModel(run.policy, run.tokenizer, batch_tokens=run.options.batch_tokens)
     with autocast(run.device):
-        return held_out(policy, run.eval_rows, max_new_tokens=run.options.max_new_tokens,
+        return held_out(run.actor, run.eval_rows, max_new_tokens=run.options.max_new_tokens,
                         judge=run.judge)
 
 
@@ -263,13 +261,13 @@ def check_judge(run: Run, rewards, told: dict) -> dict:
 def show_samples(run: Run, G, step: int, rows: list, ids, lengths, rewards, counted, told: dict):
     """The first prompt's group to the screen, and to samples.jsonl with the tokens (their rewards
     with `cme`)."""
-    texts, _ = response_texts(run.tokenizer, ids[:G], lengths[:G], run.stop_ids)
-    rewards = torch.where(counted, rewards, math.nan)[:G]
-    tokens = [[run.tokenizer.decode([i]) for i in y[:n]] for y, n in zip(ids[:G], lengths)]
     prompt, story = rows[0]["prompt"], {name: of[0] for name, of in told.items()}
-    sample = {"step": step, "prompt": prompt, "responses": texts, "tokens": tokens}
-    append_line(f"{run.options.output_dir}/samples.jsonl",
-                sample | {"rewards": rewards.tolist()} | story)
+    texts, _ = run.actor.texts(ids[:G], lengths[:G])
+    tokens = [[run.tokenizer.decode([i]) for i in y[:n]] for y, n in zip(ids[:G], lengths)]
+    rewards = torch.where(counted, rewards, math.nan)[:G]
+    sample = {"step": step, "prompt": prompt, "responses": texts, "tokens": tokens,
+              "rewards": rewards.tolist(), **story}
+    append_line(f"{run.options.output_dir}/samples.jsonl", sample)
     means = rewards.view(len(texts), -1).nanmean(1).tolist()
     tqdm.write(cat.show(question_text(prompt), texts, means, **story), file=sys.stdout)
 
@@ -309,8 +307,7 @@ def train(run: Run) -> dict:
             advantages = grpo.group_advantages(rewards - o.beta * kl, G, scale=o.scale)
 
         # 4. clipped steps towards the better ones, held back by the reference
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(o, step)
+        optimizer.param_groups[0]["lr"] = learning_rate(o, step)
         updates = [update(run, optimizer, *batch, old_logp, ref_logp, advantages)
                    for _ in range(o.updates_per_rollout)]
 

@@ -88,11 +88,6 @@ def context_of(model) -> float:
     return getattr(model.config, "max_position_embeddings", None) or float("inf")
 
 
-def token_budget(device) -> int:
-    """How many tokens, padding included, one batch may hold without gradients."""
-    return 131_072 if torch.device(device).type == "cuda" else 16_384
-
-
 def batches(sizes: list, budget: int, longest=float("inf"), n: int = 1) -> list:
     """Numbers of the items in each batch: like sizes together, at most `budget` tokens with padding
     (but one item at least), n rows for each item; what exceeds `longest` is left out.
@@ -152,12 +147,6 @@ def without_stop(ids: torch.Tensor, lengths: torch.Tensor, stop_ids):
     return [y[:-1] if end else y for y, end in zip(rows, stopped)], stopped
 
 
-def response_texts(tokenizer, ids: torch.Tensor, lengths: torch.Tensor, stop_ids):
-    """ids [B, T], lengths [B] -> texts without their stop tokens, and whether each had one."""
-    rows, stopped = without_stop(ids, lengths, stop_ids)
-    return [tokenizer.decode(y, skip_special_tokens=True) for y in rows], stopped
-
-
 def plain_ids(tokenizer, texts: list) -> list:
     """Lists of ids of texts as such: no special token is added, the spelling of one is text."""
     plain = {"add_special_tokens": False, "split_special_tokens": True}
@@ -208,9 +197,15 @@ class LocalModel:
 
     def __init__(self, model, tokenizer, *, top_k=0, top_p=1.0, batch_tokens: int = 0):
         self.model, self.tokenizer, self.context = model, tokenizer, context_of(model)
-        self.batch_tokens = batch_tokens or token_budget(model.device)
+        self.batch_tokens = batch_tokens or (131_072 if model.device.type == "cuda" else 16_384)
         self.stop_ids = find_stop_ids(model, tokenizer)
-        self.sampling = {"top_k": top_k, "top_p": top_p, "stop_ids": self.stop_ids}
+        self.sampling = {"top_k": top_k, "top_p": top_p, "stop_ids": self.stop_ids,
+                         "batch_tokens": self.batch_tokens}
+
+    def texts(self, ids: torch.Tensor, lengths: torch.Tensor):
+        """ids [B, T], lengths [B] -> texts without their stop tokens, and whether each had one."""
+        rows, stopped = without_stop(ids, lengths, self.stop_ids)
+        return [self.tokenizer.decode(y, skip_special_tokens=True) for y in rows], stopped
 
     def complete(self, prompts: list, **settings) -> list:
         return [[reply.response for reply in group] for group in self.replies(prompts, **settings)]
@@ -224,8 +219,7 @@ class LocalModel:
             noise = torch.Generator(self.model.device).manual_seed((seed * 1_000_003 + b) % 2**63)
             rows = [ids[i] for i in part]
             y, lengths = grpo.sample(self.model, rows, n, generator=noise, **settings)
-            texts, stopped = response_texts(self.tokenizer, y, lengths, self.stop_ids)
-            replies = list(map(Reply, texts, stopped, lengths.tolist()))
+            replies = list(map(Reply, *self.texts(y, lengths), lengths.tolist()))
             for k, i in enumerate(part):
                 result[i] = replies[k * n : (k + 1) * n]
         return result

@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from plumbing.files import (
     append_line, checkpoints, read_json, read_lines, save_checkpoint, write_atomically, write_lines)
 from plumbing.models import (
-    LocalModel, chat_ids, context_of, find_stop_ids, load, pick_device, text_model)
+    LocalModel, chat_ids, context_of, load, pick_device, text_model, without_stop)
 from plumbing.prompts import draw_prompts, read_prompts, with_suffix
 
 MEASURES = ("facts", "accuracy", "rubric")  # held-out scores that say which model is best
@@ -33,7 +33,7 @@ class Run:
     device: torch.device
     policy: Any  # float32, trained
     tokenizer: Any
-    stop_ids: list  # that end a response
+    actor: Any  # the policy as a text model
     rows: list  # prompts to train on
     eval_rows: list  # held out
     reference: Any = None  # frozen initial policy
@@ -99,10 +99,11 @@ def prepare(o) -> Run:
                                     for row in eval_rows):
         raise ValueError("--keep best needs --eval_prompts with facts, answer or, with a judge, "
                          "rubrics")
-    run = Run(o, device, policy, tokenizer, find_stop_ids(policy, tokenizer), rows, eval_rows)
+    sampling = {"top_k": o.top_k, "top_p": o.top_p, "batch_tokens": o.batch_tokens}
+    actor = LocalModel(policy, tokenizer, **sampling)
+    run = Run(o, device, policy, tokenizer, actor, rows, eval_rows)
     if o.beta or judged or o.reward == "cat-answer":
         run.reference, _ = load("--generator", o.generator, device)
-        sampling = {"top_k": o.top_k, "top_p": o.top_p, "batch_tokens": o.batch_tokens}
         run.anchor = LocalModel(run.reference, tokenizer, **sampling)
         run.judge = run.anchor if judged else None
     if o.reward in VERIFIED:
@@ -137,11 +138,11 @@ def metrics_of(run: Run, G, ids, lengths, rewards, counted, advantages, told: di
     groups, seen = advantages.view(B // G, G, -1), counted.view(B // G, G, -1).any(1)
     verdicts = [v for group in told.get("verdicts", ()) for answers in group for v in answers]
     reward = torch.where(counted, rewards, 0).view(B, -1).sum(1) / counted.view(B, -1).sum(1)
-    ended = torch.isin(ids.gather(1, lengths[:, None] - 1), torch.tensor(run.stop_ids).to(ids))
+    _, ended = without_stop(ids, lengths, run.actor.stop_ids)
     return {"reward": reward.nanmean().item(), **updates[-1],
             "skipped": sum(u["skipped"] for u in updates),
             "missing": reward.isnan().float().mean().item(),
-            "length": lengths.float().mean().item(), "truncated": 1 - ended.float().mean().item(),
+            "length": lengths.float().mean().item(), "truncated": 1 - sum(ended) / B,
             "unread": sum(v is None for v in verdicts) / max(1, len(verdicts)),
             "flat": ((groups == 0).all(1) & seen).sum().item() / max(1, seen.sum().item())}
 

@@ -89,10 +89,10 @@ def texts_and_alignment(run):
 def toy_step(run):
     asked = [row["prompt"] for row in run.rows[::len(run.rows) // 16][:16]]
     prompt_ids = [models.chat_ids(run.tokenizer, p) for p in asked]
-    ids, lengths = grpo.sample(run.policy, prompt_ids, 8, max_new_tokens=48, stop_ids=run.stop_ids, generator=torch.Generator().manual_seed(0))
+    ids, lengths = grpo.sample(run.policy, prompt_ids, 8, max_new_tokens=48, stop_ids=run.actor.stop_ids, generator=torch.Generator().manual_seed(0))
     rows, asked_of = [p for p in prompt_ids for _ in range(8)], [p for p in asked for _ in range(8)]
-    show("toy: sample 16 x 8 responses", seconds(lambda: grpo.sample(run.policy, prompt_ids, 8, max_new_tokens=48, stop_ids=run.stop_ids)),
-         "model.generate", seconds(lambda: generate(run.policy, prompt_ids, 8, 48, run.stop_ids)))
+    show("toy: sample 16 x 8 responses", seconds(lambda: grpo.sample(run.policy, prompt_ids, 8, max_new_tokens=48, stop_ids=run.actor.stop_ids)),
+         "model.generate", seconds(lambda: generate(run.policy, prompt_ids, 8, 48, run.actor.stop_ids)))
     show("toy: token_rewards of 128 responses", seconds(lambda: cme.token_rewards(run.verifier, run.verifier_tokenizer, run.tokenizer, asked_of, ids, lengths)))
     show("toy: token_logprobs, forward and backward", seconds(lambda: grpo.token_logprobs(run.policy, rows, ids, lengths).sum().backward()),
          "full log-softmax", seconds(lambda: full_logprobs(run.policy, rows, ids, lengths).sum().backward()))
@@ -231,7 +231,7 @@ def main():
     run = SimpleNamespace(rows=prompts.read_prompts(f"{ROOT}/toy/cme/prompts.jsonl"), eval_rows=prompts.read_prompts(f"{ROOT}/toy/cme/eval.jsonl"))
     run.policy, run.tokenizer = models.load("toy", f"{ROOT}/toy/cme/generator", "cpu", train=True)
     run.verifier, run.verifier_tokenizer = models.load("toy", f"{ROOT}/toy/cme/verifier", "cpu")
-    run.stop_ids = models.find_stop_ids(run.policy, run.tokenizer)
+    run.actor = models.LocalModel(run.policy, run.tokenizer)
     texts_and_alignment(run)
     toy_step(run)
     if torch.cuda.is_available():

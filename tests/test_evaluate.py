@@ -141,10 +141,11 @@ def test_folders_with_brackets(tmp_path):
 
 
 def test_a_stop_token_that_is_not_special_is_no_text():
-    tokenizer = models.load_tokenizer("toy/cme/generator")
-    row = tokenizer("Mia has a cat.").input_ids
+    toy = models.LocalModel(*models.load("toy", "toy/cme/generator", "cpu"))
+    row = toy.tokenizer("Mia has a cat.").input_ids
+    toy.stop_ids = row[-1:]
     ids = torch.tensor([row, row])
-    assert models.response_texts(tokenizer, ids, torch.tensor([len(row), len(row) - 1]), row[-1:]) == (["Mia has a cat"] * 2, [True, False])
+    assert toy.texts(ids, torch.tensor([len(row), len(row) - 1])) == (["Mia has a cat"] * 2, [True, False])
 
 
 def test_a_wrong_value_that_begins_like_the_right_one():

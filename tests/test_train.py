@@ -231,7 +231,7 @@ def step_of(run, **options):
     """One update of a fresh policy with these options -> (gradient, statistics)."""
     run.options = dataclasses.replace(run.options, **options)
     ids_of_prompts = [models.chat_ids(run.tokenizer, row["prompt"]) for row in run.rows[:2]]
-    ids, lengths = grpo.sample(run.policy, ids_of_prompts, 3, max_new_tokens=24, stop_ids=run.stop_ids, generator=torch.Generator().manual_seed(0))
+    ids, lengths = grpo.sample(run.policy, ids_of_prompts, 3, max_new_tokens=24, stop_ids=run.actor.stop_ids, generator=torch.Generator().manual_seed(0))
     prompt_ids = [p for p in ids_of_prompts for _ in range(3)]
     rewards, counted, _ = train.step_rewards(run, run.rows[:2], prompt_ids, ids, lengths, 0)
     advantages = grpo.position_advantages(rewards, counted, 3)
@@ -261,7 +261,7 @@ def test_rent_and_reverse_kl_are_their_definitions():
     reverse, counted, told = train.step_rewards(run, rows, prompt_ids, ids, lengths, 0)
     run.options.reward = "rent"
     rent, _, _ = train.step_rewards(run, rows, prompt_ids, ids, lengths, 0)
-    texts = models.response_texts(run.tokenizer, ids, lengths, run.stop_ids)[0]
+    texts = run.actor.texts(ids, lengths)[0]
     verifier = cme.sequence_rewards(*run.verifier, [row["prompt"] for row in rows for _ in range(2)], texts)
     assert counted.all() and not told and len({round(r, 4) for r in rent.tolist()}) > 1
     for i, (p, y, n) in enumerate(zip(prompt_ids, ids.tolist(), lengths.tolist())):
@@ -454,12 +454,12 @@ def test_options_reach_their_functions(tmp_path, few, monkeypatch):
     train.train(run)
     sub = lambda name, **expected: [{k: kw.get(k) for k in expected} == expected for _, kw in calls[name]]   # noqa: E731
     calls["sample"] = [call for call in calls["sample"] if call[0][2] == 2]     # the others are the held-out ones, one response to each
-    assert all(sub("sample", temperature=0.7, top_k=20, top_p=0.8, max_new_tokens=24, stop_ids=run.stop_ids))
+    assert all(sub("sample", temperature=0.7, top_k=20, top_p=0.8, max_new_tokens=24, stop_ids=run.actor.stop_ids))
     assert len({kw["generator"].initial_seed() for _, kw in calls["sample"]} - {0, 1}) == 2    # another for each step and seed
     calls["token_logprobs"] = [call for call in calls["token_logprobs"] if call[0][0] is not run.verifier[0]]
     assert all(sub("token_logprobs", temperature=0.7)) and len(calls["token_logprobs"]) == 8                 # 2 steps x 2 parts x (reference, policy)
     assert all(sub("grpo_loss", beta=0.5, clip_low=0.1, clip_high=0.3, responses=4))
-    assert all(sub("token_rewards", credit="word", stop_ids=run.stop_ids)) and all(sub("position_advantages", scale=False))
+    assert all(sub("token_rewards", credit="word", stop_ids=run.actor.stop_ids)) and all(sub("position_advantages", scale=False))
     assert all(args[1] == 0.5 for args, _ in calls["clip_grad_norm_"])
     asked = [row["prompt"] for row in train.prompts_of_step(run.rows, 2, 7, 0)]
     assert calls["token_rewards"][0][0][3] == [asked[0], asked[0], asked[1], asked[1]]                       # rows of a group adjacent, as sample makes them

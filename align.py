@@ -9,10 +9,8 @@ so Σ_t r_t = Σ_j log p_V(v_j | x, v_<j): nothing is lost or counted twice, wha
 
     text, spans = spans_from_ids(generator, ids)      # the policy's side: the ids that were sampled
     v_ids, v_spans = spans_from_text(verifier, text)  # the verifier's side: the same text, encoded
-    reward = align(v_logp, v_spans, spans)            # [N] -> [T]
+    reward = align(v_logp, v_spans, spans)            # [N] -> [T];  python align.py "Some sentence."
     mask = visible(text, spans)                       # [T], False: whitespace, special, no width
-
-Try it alone:  python align.py "Some sentence."
 
 Deliberate departures from the paper, and from its public code (1):
  1. Spans come from the bytes of the sampled ids: encoding the decoded text again may give others,
@@ -39,10 +37,8 @@ def align(values, source, target):
     Closed form: let C(c) be the sum of `values` up to character c, piecewise linear; then
     r_t = C(b_t) - C(a_t).  values [N], any unit (here nats); source [N, 2] and target [T, 2],
     spans in characters of one text -> float64 [T] with Σ result = Σ values.
-
     "unhappiness", verifier `unhappi|ness` with -7 and -2 nats, generator `un|happiness`: 2/7 of the
     first verifier token lies over `un`; its other 5/7, and all of the second, over `happiness`:
-
     >>> align([-7.0, -2.0], [[0, 7], [7, 11]], [[0, 2], [2, 11]])
     array([-2., -7.])
 
@@ -87,10 +83,8 @@ def _check_spans(name, spans):
 
 def visible(text, spans):
     """Which tokens show something: False for whitespace-only, special and zero-width ones (masked).
-
     spans [T, 2] in characters of text -> bool [T].  Some bytes of a character show it.
     Whitespace is what `str.isspace` says.  ValueError: spans that leave the text, or overlap.
-
     >>> visible("Hi  you", [[0, 2], [2, 3], [3, 7], [7, 7]])  # `Hi`, ` `, ` you`, a special token
     array([ True, False,  True, False])"""
     spans = _check_spans("text", spans)
@@ -105,7 +99,6 @@ def visible(text, spans):
 
 def spans_from_ids(tokenizer, ids):
     """Text and spans of sampled ids, from the bytes of the ids themselves (departure 1).
-
     ids [T] (list, array or tensor, no padding) -> text, spans float64 [T, 2], which tile the text.
     The text is the bytes of all tokens, read as UTF-8 with errors="replace", less one SentencePiece
     dummy prefix: `tokenizer.decode(ids, skip_special_tokens=True)` wherever that loses nothing.
@@ -119,7 +112,6 @@ def spans_from_ids(tokenizer, ids):
 
 def spans_from_text(tokenizer, text):
     """Ids and spans of a text that is given, for a verifier to score.
-
     text -> ids, a list of N, and spans float64 [N, 2], which tile [0, len(text)] if N > 0.
     No special token is added; the spelling of one ("</s>") is ordinary text, if a Unigram model
     does not know it as a word.  Spans are those of the ids' bytes when these give the text back:
@@ -161,7 +153,6 @@ def _spans_of_bytes(parts, drop_prefix=False):
 
 def _spans_by_offsets(text, parts, offsets):
     """Spans in a text that the tokenizer changed: from where the library says that tokens begin.
-
     parts [N] bytes of the tokens, offsets [N, 2] -> float64 [N, 2].  A token ends where the next
     one begins, so the spans tile the text; tokens that begin together (pieces of one character)
     share that stretch by their bytes.  "e", U+0301, " x" under NFC as C3, A9, ` x` with offsets
@@ -186,7 +177,6 @@ def _pieces(tokenizer):
 @functools.lru_cache(8)  # one for each tokenizer and state: tokens may be added, or made special
 class _Pieces(dict):
     """id -> bytes of the token, b"" if it is special or does not exist; filled as ids are met.
-
     How tokens are spelled is in tokenizer.json's decoder.  ByteLevel: GPT-2's stand-ins for bytes.
     Metaspace, or Replace ▁ by a space: SentencePiece, where `<0x0A>` may be a byte (ByteFallback)."""
 

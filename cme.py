@@ -11,6 +11,8 @@ Deliberate departures from the paper:
     all but its first (BOS).
 """
 
+import re
+
 import numpy as np
 import torch
 
@@ -20,13 +22,11 @@ from plumbing.models import answer_logprobs, plain_ids, without_stop
 
 def aligned_rewards(values, source, text, target, credit: str = "token"):
     """Eq. 1, r_t = sum_j w_jt log p_V(v_j | x, v_<j), for one response -> rewards [T], mask [T].
-
     values [N]: log p_V of the verifier's tokens, nats; source [N, 2]: their spans in characters of
     `text`; target [T, 2]: those of the generator's tokens.  The mask is False, and the reward 0,
     for tokens that show nothing (whitespace, special) or meet no verifier token; without it, and
     with credit "token", the rewards sum to sum(values).
     credit: "token" (the paper's) or "word" (`word_credit`).
-
     un|happiness, verifier unhappi|ness with -7 and -2 -> rewards -2 and -7."""
     rewards, mask = align(values, source, target), visible(text, target)
     if credit == "word":
@@ -38,25 +38,19 @@ def aligned_rewards(values, source, text, target, credit: str = "token"):
 
 def word_credit(values, text, spans):
     """Reward-to-go inside each word: values [T] nats, spans [T, 2] in text -> values [T], mask [T].
-
-    A word is a run of visible characters and the whitespace before it.  A token belongs to the
-    word of its first visible character, whitespace alone to the next (unmasked: it opened it);
-    whitespace at the end stays masked.  The first tokens of all words add up to the rest.
-
-    "no red", tokens no| |re|d, values -1, -2, -3, -4 -> -1, -9, -7, -4: the space pays too."""
-    seen = np.array([not c.isspace() for c in text], bool)  # [L]
-    opened = np.cumsum(seen & ~np.append(False, seen[:-1]))  # [L] words opened so far
-    words = opened[-1] if len(text) else 0
-    word = np.append(opened + ~seen, words + 1)[np.floor(spans[:, 0]).astype(int)]  # [T], ascending
+    A word is a run of visible characters and the whitespace before it; a token belongs to that of
+    its first character (whitespace is unmasked: it opened a word); whitespace at the end stays
+    masked.  "no red", tokens no| |re|d, values -1, -2, -3, -4 -> -1, -9, -7, -4: the space pays too."""
+    ends = [match.end() for match in re.finditer(r"\s*\S+", text)]  # of the words
+    word = np.searchsorted(ends, np.floor(spans[:, 0]), side="right")  # [T], ascending
     to_go = np.append(np.cumsum(values[::-1])[::-1], 0.0)  # [T + 1]
     rest = to_go[:-1] - to_go[np.searchsorted(word, word, side="right")]
-    return rest, (word <= words) & (spans[:, 1] > spans[:, 0])
+    return rest, (word < len(ends)) & (spans[:, 1] > spans[:, 0])
 
 
 def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: list, ids, lengths,
                   *, credit: str = "token", stop_ids=()):
     """Eq. 1 -> rewards [B, T] nats float32, mask [B, T] bool, for `grpo.position_advantages`.
-
     prompts: one per row; ids [B, T] as sampled, lengths [B].  credit: "token" or "word".  stop_ids:
     those that sampled; at the end of a row one is masked.  (Special tokens are in any case.)"""
     if credit not in ("token", "word"):
@@ -74,7 +68,6 @@ def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: li
 
 def sequence_rewards(verifier, verifier_tokenizer, prompts: list, texts: list) -> torch.Tensor:
     """Eq. 3: R = 1/|y|_V sum_j log p_V(v_j | x, v_<j) -> [B] nats per verifier token, float32.
-
     prompts and texts: B of each.  An empty text has no mean: NaN, which `grpo.group_advantages`
     leaves out.  Log-probabilities -1, -2, -6 -> -3."""
     answers = plain_ids(verifier_tokenizer, texts)

@@ -1,7 +1,7 @@
 """GRPO, written out: sampling, token log-probabilities, advantages, loss (Shao et al., 2024).
+Tensors in, tensors out: a `model` is a causal language model of transformers, a prompt a list of
+ids.
 
-Tensors in, tensors out: a `model` is a causal language model of transformers (its `base_model`
-gives hidden states), a prompt a list of ids.
 Letters, in the whole project: P prompts, G responses per prompt, B = P * G rows (the G of a prompt
 adjacent), T generator tokens of a response (right-padded), N verifier tokens, V vocabulary, D the
 model's width, L padded length, K response tokens of a batch.  Masks come from lengths.  Nats.
@@ -41,7 +41,6 @@ def model_logits(model, hidden: torch.Tensor) -> torch.Tensor:
 
 def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torch.Tensor:
     """[B, V] logits -> [B] token ids.  temperature 0 = greedy; top_k 0 and top_p 1 are off.
-
     top_k (ties with the k-th stay), then top_p, on the tempered distribution: the smallest set of
     most probable tokens whose mass reaches top_p; of (.5, .3, .2), .8 keeps two, .4 one.
     FloatingPointError: NaN or +inf (-inf forbids a token).  ValueError: settings out of range."""
@@ -65,7 +64,6 @@ def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torc
 def sample(model, prompt_ids: list, group_size: int, *, max_new_tokens: int, stop_ids: list,
            batch_tokens: int = 131_072, **settings):
     """y ~ pi_old: G responses to each of P prompts -> ids [B, T], lengths [B]; row i*G + g is y_g.
-
     A response ends with the first of `stop_ids`, which belongs to it and to its length, or at
     `max_new_tokens`; behind it `ids` is 0.  settings: `draw`'s.  A batch, of one group at least,
     has at most `batch_tokens` in its cache.  ValueError: an empty prompt."""
@@ -123,7 +121,6 @@ def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, en
                    chunk: int = 1024):
     """log p(y_t | prompt, y_<t) -> [B, T] nats, float32, 0 behind a row's end; with `entropy` a
     pair: these, and the entropies of the distributions drawn from, [B, T] nats, without gradient.
-
     prompt_ids: B lists; ids [B, T], lengths [B]; temperature: the one that sampled.  Padding is on
     the right, where causal attention never looks: a row scores as it does alone.  Logits are made
     for `chunk` tokens at a time, and again in the backward pass if there are several chunks: there
@@ -158,14 +155,10 @@ def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, en
 
 def position_advantages(rewards, mask, group_size: int, *, scale=True, min_std: float = 0.06):
     """CME, "per-position advantages": rewards [B, T] nats, mask [B, T] bool -> [B, T] float32.
-
     At each position t of a group, over the responses M_t that are unmasked there:
-
         A_t = (r_t - mean_{M_t} r_t) / (std_{M_t} r_t + 1e-4)      ddof 1; scale=False: not divided
-
     and 0 where masked, where |M_t| < 2, and where the deviation is below `min_std`.  NaN counts as
     masked; an infinite reward flattens its column.  ValueError: shapes, a broken group.
-
     A group of three, rewards [[-1, -2], [-3, -2], [-5, 0]], mask [[1, 1], [1, 1], [1, 0]]: column 0
     has mean -3, std 2, advantages 1, 0, -1 (to 1e-4); in column 1 two count and are equal: 0."""
     B, T = rewards.shape
@@ -191,14 +184,11 @@ def group_advantages(rewards: torch.Tensor, group_size: int, *, scale: bool = Tr
 def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, beta: float, clip_low: float = 0.2,
               clip_high: float = 0.2, responses=None):
     """CME Eq. 2, negated -> loss, stats.  logp, old_logp, mask [B, T]; advantages [B] or [B, T].
-
         loss = 1/B sum_i 1/|y_i| sum_t -(min(rho A, clip(rho, 1 - low, 1 + high) A) - beta KL)
         rho = exp(logp - old_logp)    KL = exp(ref - logp) - (ref - logp) - 1    (k3, Schulman)
-
     mask: true on every response token, the stop included; |y_i| is its sum.  ref_logp [B, T], or
     None at beta 0.  responses: B of the whole optimiser step, so that micro-batches add up; so do
     the stats: loss, kl (to the reference), approx_kl (to the policy that sampled), clipfrac.
-
     On-policy with one centred advantage per response the loss *value* is beta KL, its gradient is
     not 0: responses of two tokens and of one, logp = old, beta 0, advantages (0.5, -0.5) -> loss 0,
     gradient -0.125, -0.125 in the first and 0.25 in the second."""

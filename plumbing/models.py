@@ -28,7 +28,6 @@ def load_model(path: str, *, train: bool, device):
     """A causal language model from a folder or by its hub name, in eval mode, without dropout; of a
     multimodal one (Gemma 3, 3n, 4) the text model, without its towers; from a folder of a LoRA
     adapter, with its base, which is frozen.
-
     train: float32 weights with gradients (AdamW at 1e-6 changes nothing in bf16); else frozen, bf16
     on CUDA.  ValueError: missing weights; `grpo.model_logits` does not give the model's own."""
     exact = train or torch.device(device).type == "cpu"
@@ -156,7 +155,6 @@ def plain_ids(tokenizer, texts: list) -> list:
 @torch.no_grad()
 def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens: int = 4096):
     """log p(v_j | x, v_<j) of B answers (lists of ids) to B prompts -> B arrays [N], nats.
-
     Batches of like length hold at most `batch_tokens`; equal rows are scored once, and so equal to
     the bit.  Where both exceed the context, the prompt loses its oldest tokens, all but its first.
     ValueError: an answer that does not fit."""

@@ -25,7 +25,7 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from plumbing import TOY, one_clear_line, one_line
-from plumbing.models import pick_device, text_model
+from plumbing.models import text_model
 from plumbing.prompts import question_text
 
 SYNTHESIS = {
@@ -326,9 +326,9 @@ def main():
     add("--max_new_tokens", type=int, default=48, help="longest answer")
     add("--seed", type=int, default=0)
     o = parser.parse_args()
-    device, key = pick_device(), os.environ.get("JUDGE_API_KEY")
-    model = text_model("--model", o.model, device, key=key)
-    judge = text_model("--judge", o.judge, device, key=key) if o.judge else model
+    key = os.environ.get("JUDGE_API_KEY")
+    model = text_model("--model", o.model, key=key)
+    judge = text_model("--judge", o.judge, key=key) if o.judge else model
     settings = {"max_new_tokens": o.max_new_tokens, "seed": o.seed}
     rollouts = model.complete([o.prompt], n=o.group_size, **settings)
     if None in rollouts[0]:

@@ -28,7 +28,7 @@ import cat
 from plumbing import one_clear_line, option, progress
 from plumbing.files import (
     append_line, checkpoints, finite, read_json, read_lines, write_atomically, write_lines)
-from plumbing.models import LocalModel, Reply, load, pick_device, text_model
+from plumbing.models import LocalModel, Reply, load, text_model
 from plumbing.prompts import question_text, read_prompts, with_suffix
 from plumbing.run import newest
 from plumbing.statistics import agreement, estimate, sign_permutation, win_rate
@@ -220,8 +220,7 @@ def judge(o: Options, name: str, tasks: dict):
         return
     write_lines(path, known.values())
     key = os.environ.get(re.sub(r"\W", "_", name).upper() + "_API_KEY")
-    model = text_model(f"--judge {name}", who, pick_device(o.device), key=key,
-                       batch_tokens=o.batch_tokens)
+    model = text_model(f"--judge {name}", who, o.device, key=key, batch_tokens=o.batch_tokens)
     asks, missing = [*todo], 0
     read = read_preference if asks[0].startswith(PAIRWISE) else cat.read_verdict
     for n in progress(range(0, len(asks), PART), desc=f"{name}, {PART} at a time"):
@@ -318,8 +317,7 @@ def respond(o: Options, name: str, rows: list):
         return
     estimator = ESTIMATOR.match(o.models[name])
     where = o.models[name][estimator.end() :]
-    model = LocalModel(*load(f"--models {name}", where, pick_device(o.device)),
-                       batch_tokens=o.batch_tokens)
+    model = LocalModel(*load(f"--models {name}", where, o.device), batch_tokens=o.batch_tokens)
     answered = read_json(f"{o.output_dir}/evaluation.json").get("models", {})
     saved["models"] = answered | {name: o.models[name]}
     write_atomically(f"{o.output_dir}/evaluation.json", json.dumps(saved))

@@ -17,7 +17,7 @@ import cme  # noqa: E402
 from facts.make import FOLDER, HELD_OUT, SHORT, read_table  # noqa: E402
 from plumbing import one_clear_line  # noqa: E402
 from plumbing.files import read_lines  # noqa: E402
-from plumbing.models import load, pick_device  # noqa: E402
+from plumbing.models import load  # noqa: E402
 from plumbing.prompts import read_prompts  # noqa: E402
 
 SAY = {"capital": "The capital of {} is {}.", "symbol": "The chemical symbol of {} is {}.", "city": "{} is in {}."}
@@ -37,7 +37,7 @@ def knows(model: str):
         texts += [SAY[asked["kind"]].format(asked["subject"], value) for value in values]
         prompts += [row["prompt"]] * len(values)
         kinds.append((asked["kind"], len(values)))
-    verifier, tokenizer = load("verifier", model, pick_device())
+    verifier, tokenizer = load("verifier", model)
     scores, found = iter(cme.sequence_rewards(verifier, tokenizer, prompts, texts).tolist()), defaultdict(list)
     for kind, n in kinds:
         right, *others = [next(scores) for _ in range(n)]

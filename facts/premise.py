@@ -24,7 +24,7 @@ import numpy as np
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts
 from plumbing import one_clear_line, progress  # noqa: E402
 from plumbing.files import append_line, read_json, read_lines, write_lines  # noqa: E402
-from plumbing.models import answer_logprobs, load, pick_device, plain_ids  # noqa: E402
+from plumbing.models import answer_logprobs, load, plain_ids  # noqa: E402
 
 
 def read_pairs(paths: list, instructions: int, seed: int = 0) -> list:
@@ -98,7 +98,7 @@ def main():
     o = parser.parse_args()
     pairs = read_pairs(o.annotations, o.instructions)
     os.makedirs(os.path.dirname(o.scores) or ".", exist_ok=True)
-    scores = score_all(pairs, o.verifier, o.scores, pick_device(o.device), o.batch_tokens)
+    scores = score_all(pairs, o.verifier, o.scores, o.device, o.batch_tokens)
     pairs = [pair for pair in pairs if min(scores[pair[0], y][0] for y in pair[1:3]) > 0]
     number = {x: i for i, x in enumerate(dict.fromkeys(x for x, _, _, _ in pairs))}
     groups, p = np.array([number[x] for x, _, _, _ in pairs]), np.array([r[3] for r in pairs])

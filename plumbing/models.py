@@ -24,13 +24,14 @@ RANDOM = "random:"  # random:PATH: PATH's architecture and tokenizer, with rando
 load_tokenizer = AutoTokenizer.from_pretrained  # from a folder, or by its name on the hub
 
 
-def load_model(path: str, *, train: bool, device):
+def load_model(path: str, *, train: bool, device=""):
     """A causal language model from a folder or by its hub name, in eval mode, without dropout; of a
     multimodal one (Gemma 3, 3n, 4) the text model, without its towers; from a folder of a LoRA
     adapter, with its base, which is frozen.
     train: float32 weights with gradients (AdamW at 1e-6 changes nothing in bf16); else frozen, bf16
     on CUDA.  ValueError: missing weights; `grpo.model_logits` does not give the model's own."""
-    exact = train or torch.device(device).type == "cpu"
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    exact = train or device.type == "cpu"
     dtype, tolerance = (torch.float32, 1e-4) if exact else (torch.bfloat16, 2e-2)
     random, path = path.startswith(RANDOM), path.removeprefix(RANDOM)
     adapter = read_json(f"{path}/adapter_config.json")
@@ -61,8 +62,8 @@ def load_model(path: str, *, train: bool, device):
     return model
 
 
-def load(what: str, path: str, device, train: bool = False):
-    """A model and its tokenizer.  ValueError: one line that starts with `what`."""
+def load(what: str, path: str, device="", train: bool = False):
+    """A model and its tokenizer; device "": CUDA if there is one.  ValueError: one line."""
     try:
         tokenizer = load_tokenizer(path.removeprefix(RANDOM))
         return load_model(path, train=train, device=device), tokenizer
@@ -70,16 +71,7 @@ def load(what: str, path: str, device, train: bool = False):
         raise
     except Exception as e:  # broken files, no network, unknown architectures ...
         why = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
-        raise ValueError(f"{what} {path}: no folder or hub name of a model; {why}") from None
-
-
-def pick_device(name: str = ""):
-    """The device of that name, or CUDA if there is one.  ValueError if it cannot be used."""
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as e:
-        raise ValueError(f"--device {name}: {str(e).splitlines()[0]}") from None
+        raise ValueError(f"{what} {path}: no folder or hub name of a model? {why}") from None
 
 
 def context_of(model) -> float:
@@ -274,7 +266,7 @@ class Endpoint:
         return None
 
 
-def text_model(what: str, name: str, device, *, key=None, **settings):
+def text_model(what: str, name: str, device="", *, key=None, **settings):
     """A text model by its name: a folder, a hub name, or MODEL@URL.  Errors start with `what`."""
     if "@http" in name:
         model, _, url = name.rpartition("@http")

@@ -71,25 +71,22 @@ def check_row(where: str, row) -> dict:
     row = row if isinstance(row, dict) else {"prompt": row}
     prompt = next((row[k] for k in ("prompt", "instruction", "problem") if k in row), None)
     facts, rubrics = row.get("facts") or [], row.get("rubrics") or []
-    pattern, text = row.get("pattern"), {k: row.get(k) for k in ("answer", "output")}
+    text = {k: None if row.get(k) is None else str(row[k]) for k in ("answer", "output")}
     try:  # to use each in turn; if that fails, `what` says what is wrong
-        what = "half a surrogate pair is no character (or this is not UTF-8)"
-        json.dumps(row, ensure_ascii=False).encode()
         what = 'needs a `prompt` (instruction, problem), not empty: string or [{"role", "content"}]'
         if not "".join(m["content"] for m in messages_of(prompt) if m["role"]).strip():
             raise ValueError
-        what = '`facts` are {"right": string, "wrong": [strings]}'
+        what = '`facts` are {"right": string, "wrong": [strings]}, `rubrics` {"criterion": string, \
+"points": number}, `pattern` is a regular expression, all in UTF-8 without half surrogates'
+        json.dumps(row, ensure_ascii=False).encode(), re.compile(row.get("pattern") or "")
         "".join(word for fact in facts for word in [fact["right"]] + fact["wrong"])
-        what = '`rubrics` are {"criterion": string, "points": number}'
-        "".join(r["criterion"] for r in rubrics), sum(r["points"] for r in rubrics)
-        what = "`pattern` is not a regular expression"
-        re.compile(pattern or "")
+        criteria, points = [r["criterion"] for r in rubrics], [r["points"] for r in rubrics]
+        "".join(criteria), sum(points)
     except (KeyError, TypeError, ValueError, re.error):
         raise ValueError(f"{where}: {what}") from None
-    return {"prompt": prompt, "where": where, "facts": facts, "rubrics": rubrics,
-            "criteria": [r["criterion"] for r in rubrics], "points": [r["points"] for r in rubrics],
-            "pattern": pattern, "kind": row.get("kind"),
-            **{k: None if v is None else str(v) for k, v in text.items()}}
+    return {"prompt": prompt, "where": where, "facts": facts, "rubrics": rubrics, **text,
+            "criteria": criteria, "points": points, "pattern": row.get("pattern"),
+            "kind": row.get("kind")}
 
 
 def download(name: str) -> list:

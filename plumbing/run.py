@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 from plumbing.files import (
     append_line, checkpoints, read_json, read_lines, save_checkpoint, write_atomically, write_lines)
 from plumbing.models import (
-    LocalModel, chat_ids, context_of, load, pick_device, text_model, without_stop)
+    LocalModel, chat_ids, context_of, load, text_model, without_stop)
 from plumbing.prompts import draw_prompts, read_prompts, with_suffix
 
 MEASURES = ("facts", "accuracy", "rubric")  # held-out scores that say which model is best
@@ -77,8 +77,8 @@ def prepare(o) -> Run:
     there = os.listdir(o.output_dir) if os.path.isdir(o.output_dir) else []
     if {*there} - {"config.json", "config.json.tmp"} and not o.resume:
         raise ValueError(f"--output_dir {o.output_dir} is in use; give another one, or --resume")
-    device, start = pick_device(o.device), (checkpoints(o.output_dir) or [o.generator])[-1]
-    policy, tokenizer = load("--generator", start, device, train=True)
+    start = (checkpoints(o.output_dir) or [o.generator])[-1]
+    policy, tokenizer = load("--generator", start, o.device, train=True)
     if o.lora_rank and start == o.generator:
         from peft import LoraConfig
         torch.manual_seed(o.seed)
@@ -101,16 +101,16 @@ def prepare(o) -> Run:
                          "rubrics")
     sampling = {"top_k": o.top_k, "top_p": o.top_p, "batch_tokens": o.batch_tokens}
     actor = LocalModel(policy, tokenizer, **sampling)
-    run = Run(o, device, policy, tokenizer, actor, rows, eval_rows)
+    run = Run(o, policy.device, policy, tokenizer, actor, rows, eval_rows)
     if o.beta or judged or o.reward == "cat-answer":
-        run.reference, _ = load("--generator", o.generator, device)
+        run.reference, _ = load("--generator", o.generator, o.device)
         run.anchor = LocalModel(run.reference, tokenizer, **sampling)
         run.judge = run.anchor if judged else None
     if o.reward in VERIFIED:
-        run.verifier = load("--verifier", o.verifier, device)
+        run.verifier = load("--verifier", o.verifier, o.device)
     if judged and o.judge:
-        run.judge = text_model("--judge", o.judge, device, key=os.environ.get("JUDGE_API_KEY"),
-                               batch_tokens=o.batch_tokens)
+        run.judge = text_model("--judge", o.judge, o.device, batch_tokens=o.batch_tokens,
+                               key=os.environ.get("JUDGE_API_KEY"))
         if run.judge.complete(["Reply with one word, yes."], max_new_tokens=64) == [[None]]:
             raise ValueError(f"--judge: {run.judge.last_error}")  # now and not after an hour
     return run

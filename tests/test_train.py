@@ -340,7 +340,7 @@ BAD_FILES = {"broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "empty.txt": "\n\
 @pytest.mark.parametrize("arguments, said", [
     (["--nonsense", 1], "nonsense"), (["--step", 3], "--step"), (["--lr", "fast"], "--lr"), (["--group_size", 1], "--group_size"),
     (["--top_p", 0], "--top_p"), (["--micro_batch", 0], "--micro_batch"), (["--steps", -1], "--steps"), (["--top_p", 1.5], "--top_p"), (["--temperature", 0], "--temperature"), (["--reward", "accuracy"], "--reward"),
-    (["--device", "abacus"], "--device"), (["--resume", "--output_dir", "TMP/nothing"], "no run to resume"), (["--prompts", "TMP/nothing.jsonl"], "nothing.jsonl"),
+    (["--device", "abacus"], "abacus"), (["--resume", "--output_dir", "TMP/nothing"], "no run to resume"), (["--prompts", "TMP/nothing.jsonl"], "nothing.jsonl"),
     (["--prompts", "TMP"], ".jsonl"), (["--generator", "TMP/nothing"], "--generator"), (["--verifier", "TMP"], "--verifier"),
     (["--generator", "nobody/nothing"], "nobody/nothing"), (["--verifier", "torn"], "torn"),
     (["--output_dir", "TMP/out/run"], "Not a directory"), (["--prompts", "surrogate.jsonl"], "surrogate.jsonl:1"), 

@@ -33,6 +33,7 @@ from plumbing.prompts import question_text, read_prompts, with_suffix
 from plumbing.run import newest
 from plumbing.statistics import agreement, estimate, sign_permutation, win_rate
 
+WORTH = {"A": 1, "tie": 0.5, "B": 0, True: 1, False: 0}  # of a verdict, to who is shown first
 STAGES = ("respond", "judge", "report")
 ESTIMATOR = re.compile(f"(?:({'|'.join(cat.estimators(None))}):)?")  # synthesis:MODEL
 PART = 32  # prompts, or questions to a judge, at a time: what a kill can cost
@@ -204,15 +205,10 @@ def tasks_of(rows: list, texts: dict, seed: int = 0) -> dict:
     return tasks
 
 
-def read_judgements(o: Options, name: str) -> dict:
-    """{what was asked: judgement} of judges/NAME.jsonl.  What is not asked any more is not used."""
-    return {row["ask"]: row for row in read_lines(f"{o.output_dir}/judges/{name}.jsonl")}
-
-
 def judge(o: Options, name: str, tasks: dict):
     """Appends to judges/NAME.jsonl the verdicts that are missing there and can be had."""
     path, who = f"{o.output_dir}/judges/{name}.jsonl", run_of(o.judge[name])[0]
-    known = read_judgements(o, name)
+    known = {row["ask"]: row for row in read_lines(path)}
     if {j["judge"] for j in known.values()} - {who}:
         raise ValueError(f"{path} holds judgements by another judge: give this one another name")
     todo = {asked: task for task, asked in tasks.items() if asked not in known}
@@ -238,24 +234,21 @@ def judge(o: Options, name: str, tasks: dict):
 
 
 # The report
-def preference(verdict, shown: tuple, x: str):
-    """For x: 1, .5, 0, None if missing or not asked; of a criterion, for yes."""
-    p = {"A": 1, "tie": 0.5, "B": 0, True: 1, False: 0}.get(verdict)
-    return p if p is None or shown[0] == x else 1 - p
-
-
-def compare(found: dict, x: str, n: int) -> dict:
-    """x over another by a judge on n prompts.  found: {number of the prompt: (verdict, names as
-    shown)}."""
-    p = [preference(*found.get(i, (None, ())), x) for i in range(n)]
-    first = estimate([preference(v, shown, shown[0]) for v, shown in found.values()])
+def compare(known: dict, x: str, y: str, n: int) -> dict:
+    """x over y by a judge on n prompts, and who was shown first over the other; {} if not asked.
+    known: {task: preference for who was shown first}."""
+    found = {task: p for task, p in known.items() if {*task[1]} == {x, y}}
+    over = {i: p if shown[0] == x else 1 - p for (i, shown, _), p in found.items()}
+    p, first = [over.get(i) for i in range(n)], estimate([*found.values()])
     first = {f"first_shown_{k}": first[k] for k in ("score", "low", "high")}
-    return win_rate(p) | {"p": sign_permutation(np.array(p, float) - 0.5)} | first
+    return win_rate(p) | {"p": sign_permutation(np.array(p, float) - 0.5)} | first if found else {}
 
 
 def make_report(rows: list, responses: dict, judges: dict) -> dict:
     """All that can be said.  responses: {model: n rows}; judges: {name: {task: verdict}}.  Of each
     pair the later model is compared with (and over) the earlier one."""
+    judges = {name: {task: WORTH[v] for task, v in known.items() if v in WORTH}
+              for name, known in judges.items()}
     means, differences, compared, agreed, values = [], [], [], [], {}
     for x, replies in responses.items():
         values[x] = values_of(rows, replies)
@@ -271,12 +264,11 @@ def make_report(rows: list, responses: dict, judges: dict) -> dict:
             d, of = values[x][m] - values[y][m], {"pair": f"{x}:{y}", "measure": m}
             differences.append(of | estimate(d) | {"p": sign_permutation(d)})
         for name, known in judges.items():
-            found = {i: (v, shown) for (i, shown, _), v in known.items() if {*shown} == {x, y}}
-            of = {"pair": f"{x}:{y}", "judge": name}
-            compared += [of | compare(found, x, len(rows))] if found else []
+            found, of = compare(known, x, y, len(rows)), {"pair": f"{x}:{y}", "judge": name}
+            compared += [of | found] if found else []
     for a, b in combinations(judges, 2):
-        both = [[preference(judges[name][i, shown, k], shown, min(shown)) for name in (a, b)]
-                for i, shown, k in judges[a] if (i, shown, k) in judges[b]]
+        both = [[judges[name][task] if task[1][0] == min(task[1]) else 1 - judges[name][task]
+                 for name in (a, b)] for task in judges[a] if task in judges[b]]
         agreed += [{"judges": f"{a}:{b}"} | agreement(*zip(*both))] if both else []
     parts = {"means": means, "differences": differences, "pairs": compared, "agreement": agreed}
     return finite(parts)
@@ -338,7 +330,7 @@ def report(o: Options, rows: list, responses: dict, tasks: dict):
     names = [f[:-6] for f in sorted(os.listdir(f"{o.output_dir}/judges")) if f.endswith(".jsonl")]
     judges, who = {}, {}
     for name in names:
-        known = read_judgements(o, name)
+        known = {row["ask"]: row for row in read_lines(f"{o.output_dir}/judges/{name}.jsonl")}
         judges[name] = {t: known[ask]["verdict"] for t, ask in tasks.items() if ask in known}
         who |= {f"judge {name}": row["judge"] for row in known.values()}
     settings = o.models | who | {name: getattr(o, name) for name in FIXED}

@@ -28,7 +28,7 @@ from plumbing import TOY, one_clear_line, option, progress
 from plumbing.files import append_line
 from plumbing.models import chat_ids, end_of_turn
 from plumbing.prompts import question_text
-from plumbing.run import Run, begin, finish, metrics_of, numbers, prepare, record, train_options
+from plumbing.run import begin, finish, metrics_of, numbers, prepare, record, train_options
 
 TOYS = {  # what is taken where nothing is given: model, prompts, held-out ones, lr, steps
     "cme": ("cme/generator", "cme/prompts", "cme/eval", 8e-4, 80),
@@ -122,7 +122,7 @@ def autocast(device):
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
 
 
-def rollout(run: Run, rows: list, step: int):
+def rollout(run, rows: list, step: int):
     """y ~ pi_old -> the prompts' ids (B lists), ids [B, T], lengths [B].  Seeded by the step: a
     resumed run needs no random state.  CaT-SFT: the only response is the reference."""
     o, tokenizer = run.options, run.tokenizer
@@ -138,7 +138,7 @@ def rollout(run: Run, rows: list, step: int):
     return [p for p in prompt_ids for _ in range(o.group_size)], ids, lengths
 
 
-def cat_rewards(run: Run, rows: list, rollouts: list, seed: int):
+def cat_rewards(run, rows: list, rollouts: list, seed: int):
     """CaT: rollouts -> references -> rubrics -> verdicts -> rewards [B], NaN where one is missing;
     and what there is to tell of each prompt, {"reference" | "rubric" | "verdicts": P of them}."""
     o, prompts, references = run.options, [row["prompt"] for row in rows], [None] * len(rows)
@@ -167,7 +167,7 @@ def cat_rewards(run: Run, rows: list, rollouts: list, seed: int):
     return cat.rubric_rewards(verdicts, points), told  # Eq. 4
 
 
-def step_rewards(run: Run, rows: list, prompt_ids, ids, lengths, seed: int):
+def step_rewards(run, rows: list, prompt_ids, ids, lengths, seed: int):
     """-> rewards [B, T] or, one per response, [B]; which count; what `cat_rewards` tells."""
     o, G, batch = run.options, run.options.group_size, (prompt_ids, ids, lengths)
     prompts, told = [row["prompt"] for row in rows for _ in range(G)], {}
@@ -194,7 +194,7 @@ def step_rewards(run: Run, rows: list, prompt_ids, ids, lengths, seed: int):
 
 
 @torch.no_grad()
-def logprobs(run: Run, model, prompt_ids, ids, lengths, entropy=False):
+def logprobs(run, model, prompt_ids, ids, lengths, entropy=False):
     """log pi(y_t | x, y_<t) of a step's responses, or the entropies -> [B, T], 0 behind the end."""
     values = torch.zeros(ids.shape, device=ids.device)
     for part in lengths.argsort(stable=True).split(run.options.micro_batch):
@@ -206,7 +206,7 @@ def logprobs(run: Run, model, prompt_ids, ids, lengths, entropy=False):
     return values
 
 
-def update(run: Run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, advantages) -> dict:
+def update(run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, advantages) -> dict:
     """One optimiser step on all B responses, in micro-batches of like length; skipped if loss or
     gradient are not finite -> statistics.  old_logp None: of the policy as it is."""
     o, mask, totals = run.options, grpo.response_mask(lengths, ids.shape[1]), {}
@@ -233,7 +233,7 @@ def update(run: Run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, ad
 
 
 # How it goes
-def scores_of(run: Run) -> dict:
+def scores_of(run) -> dict:
     """Held-out scores of the policy as it is."""
     if not run.eval_rows:
         return {}
@@ -242,7 +242,7 @@ def scores_of(run: Run) -> dict:
                         judge=run.judge)
 
 
-def check_judge(run: Run, rewards, told: dict) -> dict:
+def check_judge(run, rewards, told: dict) -> dict:
     """What CaT rests on, seen in the first step: the judge, on criteria that should be true or
     false.  ValueError: there is no reward at all."""
     if rewards.isnan().all():
@@ -258,7 +258,7 @@ def check_judge(run: Run, rewards, told: dict) -> dict:
     return {"judge": skill}
 
 
-def show_samples(run: Run, G, step: int, rows: list, ids, lengths, rewards, counted, told: dict):
+def show_samples(run, G, step: int, rows: list, ids, lengths, rewards, counted, told: dict):
     """The first prompt's group to the screen, and to samples.jsonl with the tokens (their rewards
     with `cme`)."""
     prompt, story = rows[0]["prompt"], {name: of[0] for name, of in told.items()}
@@ -273,7 +273,7 @@ def show_samples(run: Run, G, step: int, rows: list, ids, lengths, rewards, coun
 
 
 # The algorithm
-def train(run: Run) -> dict:
+def train(run) -> dict:
     """The whole run, or what is left of it -> the contents of summary.json."""
     o, G = run.options, 1 if run.options.reward == "cat-sft" else run.options.group_size
     optimizer = torch.optim.AdamW(run.policy.parameters(), lr=o.lr, weight_decay=0.0)

@@ -6,8 +6,8 @@ import os
 import resource
 import sys
 import time
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -23,23 +23,6 @@ MEASURES = ("facts", "accuracy", "rubric")  # held-out scores that say which mod
 VERIFIED = ("cme", "cme-sequence", "reverse-kl")  # rewards that need a verifier
 JUDGED = ("cat", "cat-match", "rubric-given")  # a judge
 NEEDED = {"rubric-given": "rubrics", "cat-sft": "output"}  # something in each prompt's row
-
-
-@dataclass
-class Run:
-    """What a step needs."""
-
-    options: Any  # train.Options
-    device: torch.device
-    policy: Any  # float32, trained
-    tokenizer: Any
-    actor: Any  # the policy as a text model
-    rows: list  # prompts to train on
-    eval_rows: list  # held out
-    reference: Any = None  # frozen initial policy
-    verifier: Any = None  # CME: (model, tokenizer)
-    anchor: Any = None  # CaT: text model
-    judge: Any = None  # CaT: text model
 
 
 def newest(pattern: str) -> str:
@@ -72,8 +55,11 @@ def train_options(Options):
     return o
 
 
-def prepare(o) -> Run:
-    """Reads, loads and checks all.  ValueError for what a user can mend; nothing is written yet."""
+def prepare(o):
+    """Reads, loads and checks all -> a `run`, which has what a step needs: options, device; policy
+    (float32, trained), tokenizer, actor (they as a text model); rows and eval_rows (of prompts);
+    reference (the frozen initial policy); CME's verifier (model, tokenizer); CaT's anchor and judge
+    (text models).  ValueError for what a user can mend; nothing is written yet."""
     there = os.listdir(o.output_dir) if os.path.isdir(o.output_dir) else []
     if {*there} - {"config.json", "config.json.tmp"} and not o.resume:
         raise ValueError(f"--output_dir {o.output_dir} is in use; give another one, or --resume")
@@ -101,7 +87,9 @@ def prepare(o) -> Run:
                          "rubrics")
     sampling = {"top_k": o.top_k, "top_p": o.top_p, "batch_tokens": o.batch_tokens}
     actor = LocalModel(policy, tokenizer, **sampling)
-    run = Run(o, policy.device, policy, tokenizer, actor, rows, eval_rows)
+    run = SimpleNamespace(
+        options=o, device=policy.device, policy=policy, tokenizer=tokenizer, actor=actor, rows=rows,
+        eval_rows=eval_rows, reference=None, verifier=None, anchor=None, judge=None)
     if o.beta or judged or o.reward == "cat-answer":
         run.reference, _ = load("--generator", o.generator, o.device)
         run.anchor = LocalModel(run.reference, tokenizer, **sampling)
@@ -117,7 +105,7 @@ def prepare(o) -> Run:
 
 
 # What a run writes: config.json, metrics.jsonl, samples.jsonl, checkpoints, summary.json
-def begin(run: Run, optimizer) -> int:
+def begin(run, optimizer) -> int:
     """How many steps are done: 0, or those of the newest checkpoint, whose optimizer is loaded.
     What came after it is done again."""
     o, state = run.options, {"step": -1}
@@ -132,7 +120,7 @@ def begin(run: Run, optimizer) -> int:
     return max(0, state["step"])
 
 
-def metrics_of(run: Run, G, ids, lengths, rewards, counted, advantages, told: dict, updates):
+def metrics_of(run, G, ids, lengths, rewards, counted, advantages, told: dict, updates):
     """A step's line of metrics.jsonl."""
     B = len(ids)
     groups, seen = advantages.view(B // G, G, -1), counted.view(B // G, G, -1).any(1)
@@ -155,7 +143,7 @@ def best_step(o, rows: list) -> int:
     return max(scores, key=scores.get, default=rows[-1]["step"])
 
 
-def record(run: Run, optimizer, step: int, row: dict):
+def record(run, optimizer, step: int, row: dict):
     """What is due after a step: its line in metrics.jsonl, and on the screen; a checkpoint."""
     o, metrics = run.options, f"{run.options.output_dir}/metrics.jsonl"
     append_line(metrics, {"step": step} | row)
@@ -167,7 +155,7 @@ def record(run: Run, optimizer, step: int, row: dict):
         save_checkpoint(o.output_dir, step, run.policy, run.tokenizer, state, best)
 
 
-def finish(run: Run) -> dict:
+def finish(run) -> dict:
     """summary.json: scores before and after, the model, time and memory."""
     folder, rows = run.options.output_dir, read_lines(f"{run.options.output_dir}/metrics.jsonl")
     made = rows[best_step(run.options, rows)]

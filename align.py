@@ -9,7 +9,7 @@ so Σ_t r_t = Σ_j log p_V(v_j | x, v_<j): nothing is lost or counted twice, wha
 
     text, spans = spans_from_ids(generator, ids)      # the policy's side: the ids that were sampled
     v_ids, v_spans = spans_from_text(verifier, text)  # the verifier's side: the same text, encoded
-    reward = align(v_logp, v_spans, spans)            # [N] -> [T];  python align.py "Some sentence."
+    reward = align(v_logp, v_spans, spans)            # [N] -> [T]; try python align.py "A sentence"
     mask = visible(text, spans)                       # [T], False: whitespace, special, no width
 
 Deliberate departures from the paper, and from its public code (1):
@@ -178,7 +178,7 @@ def _pieces(tokenizer):
 class _Pieces(dict):
     """id -> bytes of the token, b"" if it is special or does not exist; filled as ids are met.
     How tokens are spelled is in tokenizer.json's decoder.  ByteLevel: GPT-2's stand-ins for bytes.
-    Metaspace, or Replace ▁ by a space: SentencePiece, where `<0x0A>` may be a byte (ByteFallback)."""
+    Metaspace, or Replace ▁ by a space: SentencePiece, where `<0x0A>` may be a byte (fallback)."""
 
     def __init__(self, name, backend, decoder, named, size):
         self.backend, self.added = backend, backend.get_added_tokens_decoder()  # id -> AddedToken
@@ -225,13 +225,12 @@ def _byte_alphabet():
 
 
 if __name__ == "__main__":
-    import os
     import sys
+    from pathlib import Path
     from transformers import AutoTokenizer
-    text = " ".join(sys.argv[1:]) or "Mia lives in Paris and keeps a cat."
-    toy = os.path.join(os.path.dirname(os.path.abspath(__file__)), "toy", "cme")
-    ids, spans = spans_from_text(AutoTokenizer.from_pretrained(f"{toy}/generator"), text)
-    v_ids, v_spans = spans_from_text(AutoTokenizer.from_pretrained(f"{toy}/verifier"), text)
+    text, toy = " ".join(sys.argv[1:]) or "Mia lives in Paris.", Path(__file__).parent / "toy/cme"
+    ids, spans = spans_from_text(AutoTokenizer.from_pretrained(toy / "generator"), text)
+    v_ids, v_spans = spans_from_text(AutoTokenizer.from_pretrained(toy / "verifier"), text)
     reward = align(np.full(len(v_ids), -1.0), v_spans, spans)  # every verifier token: -1 nat
     for (a, b), r in zip(spans, reward):
         print(f"[{a:6.2f}, {b:6.2f})  {r:7.3f}  {text[int(a):int(np.ceil(b))]!r}")

@@ -39,8 +39,8 @@ def aligned_rewards(values, source, text, target, credit: str = "token"):
 def word_credit(values, text, spans):
     """Reward-to-go inside each word: values [T] nats, spans [T, 2] in text -> values [T], mask [T].
     A word is a run of visible characters and the whitespace before it; a token belongs to that of
-    its first character (whitespace is unmasked: it opened a word); whitespace at the end stays
-    masked.  "no red", tokens no| |re|d, values -1, -2, -3, -4 -> -1, -9, -7, -4: the space pays too."""
+    its first character (whitespace is unmasked: it opened a word), at the end whitespace is masked.
+    "no red", tokens no| |re|d, values -1, -2, -3, -4 -> -1, -9, -7, -4: the space pays too."""
     ends = [match.end() for match in re.finditer(r"\s*\S+", text)]  # of the words
     word = np.searchsorted(ends, np.floor(spans[:, 0]), side="right")  # [T], ascending
     to_go = np.append(np.cumsum(values[::-1])[::-1], 0.0)  # [T + 1]

@@ -6,9 +6,8 @@
     python evaluate.py report --output_dir results    # without a stage: all three
     python evaluate.py --models one=Qwen/Qwen3-4B nine=synthesis:Qwen/Qwen3-4B --prompts math500 ...
 
-Departures from the papers, which report bare win rates: intervals, p-values, position bias, kappa
-(plumbing/statistics.py); the judge's prompts are ours; a judgement that could not be had is
-missing, never a tie.
+Departures from the papers, which report bare win rates: intervals, p-values, position bias, kappa;
+the judge's prompts are ours; a judgement that could not be had is missing, never a tie.
 """
 
 import gc
@@ -29,16 +28,16 @@ from plumbing import one_clear_line, option, progress
 from plumbing.files import (
     append_line, checkpoints, finite, read_json, read_lines, write_atomically, write_lines)
 from plumbing.models import LocalModel, Reply, load, text_model
-from plumbing.prompts import question_text, read_prompts, with_suffix
+from plumbing.prompts import question_text, read_prompts
 from plumbing.run import newest
 from plumbing.statistics import agreement, estimate, sign_permutation, win_rate
 
 WORTH = {"A": 1, "tie": 0.5, "B": 0, True: 1, False: 0}  # of a verdict, to who is shown first
 STAGES = ("respond", "judge", "report")
-ESTIMATOR = re.compile(f"(?:({'|'.join(cat.estimators(None))}):)?")  # synthesis:MODEL
+ESTIMATOR = re.compile(f"((?:{'|'.join(cat.estimators(None))}):)?(.*)")  # synthesis:MODEL
 PART = 32  # prompts, or questions to a judge, at a time: what a kill can cost
 SAMPLED = ("facts", "accuracy", "valid")  # held-out measures of what is sampled, too
-FIXED = "prompts", "suffix", "max_new_tokens", "temperature", "group_size", "seed"  # of answers
+FIXED = "prompts", "max_new_tokens", "temperature", "group_size", "seed"  # of answers
 
 
 @dataclass
@@ -46,7 +45,6 @@ class Options:
     models: list[str] = option([], "NAME=MODEL ...: a folder, a hub name, a run of train.py, or, "
                                "as synthesis:MODEL, what an estimator of CaT makes of G answers")
     prompts: str = option("", "a file, or alpaca_eval, math500, ...; empty: the run's own")
-    suffix: str = option("", "a paragraph added to each prompt")
     max_new_tokens: int = option(1024, "longest response, in the model's tokens")
     temperature: float = option(0.0, "of the responses; 0: greedy, with an estimator's G at 1")
     group_size: int = option(8, "G, answers that an estimator reads")
@@ -67,8 +65,7 @@ def named(what: str, specs: list) -> dict:
 
 def run_of(path: str) -> tuple:
     """A run of train.py -> the model that it has made so far, its options; else the path, {}."""
-    estimator = ESTIMATOR.match(path)[0]
-    folder = path.removeprefix(estimator)
+    estimator, folder = ESTIMATOR.fullmatch(path).groups("")
     config, best = read_json(f"{folder}/config.json"), read_json(f"{folder}/summary.json")
     best = best.get("model", "").rpartition("/")[2]  # the last one's name, or the best one's
     made = sorted(checkpoints(folder), key=lambda path: path.endswith(best))
@@ -83,10 +80,10 @@ def read_options(respond: bool) -> Options:
     if not (o.models or o.output_dir):
         run = newest("*/summary.json")
         made, config = run_of(run)
-        own = {} if o.prompts else {"prompts": config["eval_prompts"], "suffix": config["suffix"]}
-        own["models"] = [f"base={config['generator']}", f"trained={run}"]
-        parser.set_defaults(output_dir=f"{run}/evaluation-{made[-6:]}",
-                            max_new_tokens=config["max_new_tokens"], **own)
+        parser.set_defaults(
+            models=[f"base={config['generator']}", f"trained={run}"],
+            output_dir=f"{run}/evaluation-{made[-6:]}", prompts=config["eval_prompts"],
+            max_new_tokens=config["max_new_tokens"])
         [o] = parser.parse_args_into_dataclasses()
     saved = read_json(f"{o.output_dir}/evaluation.json")
     answered = saved.pop("models", {})
@@ -145,9 +142,8 @@ def values_of(rows: list, replies: list) -> dict:
 
 
 def held_out(model, rows: list, *, max_new_tokens: int, seed: int = 0, judge=None) -> dict:
-    """Means of a text model's `values_of`, greedy; of those that matter at T = 1 (`sampled_`); the
-    share of the most frequent wording; `rubric`, HealthBench's score by the judge of greedy ones
-    to rows without facts and answers."""
+    """Means of a text model's `values_of`, greedy, and of some at T = 1 (`sampled_`); the share of
+    the most frequent wording; HealthBench's `rubric` where there are no facts and answers."""
     result, prompts = {}, [row["prompt"] for row in rows]
     for prefix, T in (("sampled_", 1.0), ("", 0.0)):
         replies = model.replies(prompts, max_new_tokens=max_new_tokens, temperature=T, seed=seed)
@@ -187,9 +183,8 @@ def read_preference(reply):
 
 
 def tasks_of(rows: list, texts: dict, seed: int = 0) -> dict:
-    """{(number of the prompt, names shown, number of the criterion or None): what a judge is asked}
-    for every criterion and response, else for every pair, where all is answered.  Who is shown
-    first is drawn by seed, pair and prompt."""
+    """{(prompt's number, names shown, criterion's number or None): what a judge is asked} for every
+    criterion and response, else for every pair.  The order is drawn by seed, pair and prompt."""
     tasks, rubrics = {}, any(row["rubrics"] for row in rows)
     for names in combinations(sorted(texts), 1 if rubrics else 2):
         for i, row in enumerate(rows):
@@ -235,8 +230,8 @@ def judge(o: Options, name: str, tasks: dict):
 
 # The report
 def compare(known: dict, x: str, y: str, n: int) -> dict:
-    """x over y by a judge on n prompts, and who was shown first over the other; {} if not asked.
-    known: {task: preference for who was shown first}."""
+    """x over y on n prompts, and the first shown over the other, by a judge; {} if not asked.
+    known: {task: preference for the first shown}."""
     found = {task: p for task, p in known.items() if {*task[1]} == {x, y}}
     over = {i: p if shown[0] == x else 1 - p for (i, shown, _), p in found.items()}
     p, first = [over.get(i) for i in range(n)], estimate([*found.values()])
@@ -307,15 +302,14 @@ def respond(o: Options, name: str, rows: list):
     done, saved = read_lines(path), {k: getattr(o, k) for k in FIXED}
     if len(done) == len(rows):
         return
-    estimator = ESTIMATOR.match(o.models[name])
-    where = o.models[name][estimator.end() :]
+    estimator, where = ESTIMATOR.fullmatch(o.models[name]).groups("")
     model = LocalModel(*load(f"--models {name}", where, o.device), batch_tokens=o.batch_tokens)
     answered = read_json(f"{o.output_dir}/evaluation.json").get("models", {})
     saved["models"] = answered | {name: o.models[name]}
     write_atomically(f"{o.output_dir}/evaluation.json", json.dumps(saved))
     os.makedirs(os.path.dirname(path), exist_ok=True)
     for i in progress(range(len(done), len(rows), PART), desc=name):
-        replies = answers(model, estimator[1], rows[i : i + PART], o, 2 * (o.seed + i))
+        replies = answers(model, estimator[:-1], rows[i : i + PART], o, 2 * (o.seed + i))
         done += [reply._asdict() for reply in replies]
         write_lines(path, done)
 
@@ -345,7 +339,7 @@ def main():
     o = read_options("respond" in stages)
     path = f"{o.output_dir}/prompts.jsonl"
     if not os.path.exists(f"{o.output_dir}/evaluation.json"):
-        rows = with_suffix(read_prompts(o.prompts), o.suffix)
+        rows = read_prompts(o.prompts)
         os.makedirs(f"{o.output_dir}/judges", exist_ok=True)
         write_lines(path, rows)
     rows, responses = read_prompts(path), {}

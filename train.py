@@ -6,8 +6,7 @@ thinks of each word.  CaT (arXiv 2509.14234): agreement with a reference made of
     python train.py --resume                   # continue the newest run; recipes: README.md
 
 Deliberate departures from the papers: at the heads of align.py, grpo.py, cme.py, cat.py; defaults
-are the toy's; AdamW's weight decay is 0; CaT-SFT trains all weights without --lora_rank, and
-early stopping is --keep best.  Letters as in grpo.py.
+are the toy's; AdamW's weight decay is 0; early stopping is --keep best.  Letters as in grpo.py.
 """
 
 import json
@@ -56,7 +55,6 @@ class Options:
     length_penalty_after: int = option(0, "reward - 1 beyond this many tokens; 0: never")
     prompts: str = option("", "a .jsonl, .json or .txt file, or ultrafeedback, math500, ...")
     eval_prompts: str = option("", "held-out, with facts, answer, pattern or rubrics; or none")
-    suffix: str = option("", "a paragraph added to each prompt (math500: ask for a \\boxed{})")
     group_size: int = option(8, "G, responses per prompt")
     prompts_per_step: int = option(16, "P, prompts per step; P * G responses are one update")
     steps: Optional[int] = option(None, "steps in all; none: what suits the toy")
@@ -243,8 +241,8 @@ def scores_of(run) -> dict:
 
 
 def check_judge(run, rewards, told: dict) -> dict:
-    """What CaT rests on, seen in the first step: the judge, on criteria that should be true or
-    false.  ValueError: there is no reward at all."""
+    """In the first step: the judge on criteria that should be true or false.  ValueError: no reward
+    at all."""
     if rewards.isnan().all():
         raise ValueError("no reward in the first step: no reference (with \\boxed{}?), rubric or "
                          "verdict can be read: take a stronger model or --judge")
@@ -259,8 +257,7 @@ def check_judge(run, rewards, told: dict) -> dict:
 
 
 def show_samples(run, G, step: int, rows: list, ids, lengths, rewards, counted, told: dict):
-    """The first prompt's group to the screen, and to samples.jsonl with the tokens (their rewards
-    with `cme`)."""
+    """The first prompt's group to the screen, and to samples.jsonl with tokens (`rewards`)."""
     prompt, story = rows[0]["prompt"], {name: of[0] for name, of in told.items()}
     texts, _ = run.actor.texts(ids[:G], lengths[:G])
     tokens = [[run.tokenizer.decode([i]) for i in y[:n]] for y, n in zip(ids[:G], lengths)]
@@ -294,16 +291,16 @@ def train(run) -> dict:
 
         # 3. compared within the group
         ref_logp = logprobs(run, run.reference, *batch) if o.beta else None
-        moves = o.updates_per_rollout > 1  # the policy, away from the one that sampled
-        keep_old = moves or o.beta and o.kl_in == "reward"
-        old_logp = logprobs(run, run.policy, *batch) if keep_old else None  # else as it is now
+        in_reward, old_logp = o.beta and o.kl_in == "reward", None  # None: of the policy as it is
+        if in_reward or o.updates_per_rollout > 1:
+            old_logp = logprobs(run, run.policy, *batch)
         if o.reward == "cat-sft":  # Eq. 12: with advantage 1 the gradient is that of log pi(s | x)
             advantages = torch.ones_like(rewards)
         elif rewards.dim() == 2:
             advantages = grpo.position_advantages(rewards, counted, G, scale=o.scale,
                                                   min_std=o.min_std)
         else:
-            kl = (old_logp - ref_logp).sum(1) if o.beta and o.kl_in == "reward" else 0  # [B]
+            kl = (old_logp - ref_logp).sum(1) if in_reward else 0  # [B]
             advantages = grpo.group_advantages(rewards - o.beta * kl, G, scale=o.scale)
 
         # 4. clipped steps towards the better ones, held back by the reference

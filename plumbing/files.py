@@ -58,8 +58,7 @@ def checkpoints(folder: str) -> list:
 
 
 def save_checkpoint(folder, step: int, model, tokenizer, state: dict, best: int = 0):
-    """folder/checkpoint-STEP: model, tokenizer and state.pt, whole or not at all; then the others
-    go, but for the best step's."""
+    """folder/checkpoint-STEP, whole or not at all; then the others go, but for the best step's."""
     final = os.path.join(folder, f"checkpoint-{step:06d}")
     model.save_pretrained(final + ".tmp")
     tokenizer.save_pretrained(final + ".tmp")

@@ -1,8 +1,7 @@
 """Models: loading, chat templates, stop tokens; *text models*, on this machine or behind a server.
 
 A text model has complete(prompts, *, n, max_new_tokens, temperature, seed) -> P lists of n texts,
-None where none was to be had (last_error: why, of a server); a local one also
-logprob(prompts, texts) -> [B].
+None where none was to be had (last_error: why); a local one also logprob(prompts, texts) -> [B].
 """
 
 from concurrent.futures import ThreadPoolExecutor
@@ -148,8 +147,8 @@ def plain_ids(tokenizer, texts: list) -> list:
 def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens: int = 4096):
     """log p(v_j | x, v_<j) of B answers (lists of ids) to B prompts -> B arrays [N], nats.
     Batches of like length hold at most `batch_tokens`; equal rows are scored once, and so equal to
-    the bit.  Where both exceed the context, the prompt loses its oldest tokens, all but its first.
-    ValueError: an answer that does not fit."""
+    the bit.  Where both exceed the context, the prompt loses its oldest tokens, all but its first
+    (ValueError: not enough)."""
     context, rows = context_of(model), []
     rendered = {repr(prompt): prompt for prompt in prompts}
     rendered = {key: chat_ids(tokenizer, prompt) for key, prompt in rendered.items()}
@@ -180,8 +179,7 @@ class Reply(NamedTuple):
 
 
 class LocalModel:
-    """A text model from a transformers causal language model and its tokenizer.  What does not fit
-    the model's context is missing."""
+    """A text model from a transformers model and its tokenizer.  What does not fit is missing."""
 
     last_error, verdict_tokens = "", 1  # a yes or no is the first token of a reply
 
@@ -222,8 +220,7 @@ class LocalModel:
 
 
 class Endpoint:
-    """A text model behind an OpenAI-compatible server, through the `openai` package, its retries,
-    pauses and time-outs (seconds)."""
+    """A text model behind an OpenAI-compatible server, through the `openai` package."""
 
     def __init__(self, model: str, url: str, *, key=None, concurrency=8, timeout=60.0, retries=4):
         import openai
@@ -241,8 +238,7 @@ class Endpoint:
         return [texts[i : i + n] for i in range(0, len(texts), n)]
 
     def ask(self, prompt, max_new_tokens: int, temperature: float) -> str | None:
-        """One answer.  ValueError: wrong key, model or URL (401 or 404).  ConnectionError: the
-        server has failed 32 times in a row."""
+        """One answer.  ValueError: 401 or 404.  ConnectionError: has failed 32 times in a row."""
         send = {"max_tokens": max_new_tokens, "temperature": temperature}
         send = {"max_completion_tokens": max_new_tokens} if self.newer else send
         chat = {"model": self.model, "messages": messages_of(prompt), **send}

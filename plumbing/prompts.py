@@ -34,8 +34,8 @@ def read_prompts(path: str) -> list:
     """Prompts from a .jsonl, .json or .txt file (a prompt per line), or a data set of HUB -> dicts
     with `prompt` (str or messages; or instruction, problem), `where` ("file:line"); to evaluate,
     `facts` ([{"right", "wrong": [...], "kind"}]), `pattern` (regular expression), `answer` (what
-    belongs in \\boxed{}), `kind` (its), `rubrics` ([{"criterion", "points"}]; `criteria`, `points`);
-    for CaT-SFT `output`.  ValueError with file and line; a data set's bad rows are left out."""
+    belongs in \\boxed{}), `kind` (its), `rubrics` ([{"criterion", "points"}]), criteria, points; for
+    CaT-SFT `output`.  ValueError with file and line; a data set's bad rows are left out."""
     files, rows = download(path) if path in HUB else [path], []
     for where, item in (pair for file in files for pair in items_of(file)):
         try:
@@ -46,6 +46,8 @@ def read_prompts(path: str) -> list:
             print(f"left out: {e}")
     if not rows:
         raise ValueError(f"{path}: no prompts in it")
+    for row in rows if path == "math500" else ():
+        row["prompt"] += "\n\nPut your final answer in \\boxed{}."
     if path in ("healthbench", "healthbench-held-out"):
         held_out = set(random.Random(0).sample(range(len(rows)), len(rows) // 10))
         rows = [row for i, row in enumerate(rows) if (i in held_out) == (path != "healthbench")]
@@ -97,14 +99,6 @@ def download(name: str) -> list:
     except Exception as e:  # no network, no access, no such file ...
         why = " ".join(f"{e} {e.__cause__ or ''}".split())[:400]
         raise ValueError(f"{name}: {repository} cannot be downloaded, {why}") from None
-
-
-def with_suffix(rows: list, suffix: str) -> list:
-    """The rows, to whose prompts' last messages a paragraph is added in place."""
-    for row in rows if suffix else ():
-        *before, last = messages_of(row["prompt"])
-        row["prompt"] = [*before, last | {"content": f"{last['content']}\n\n{suffix}"}]
-    return rows
 
 
 def draw_prompts(rows: list, tokenizer, n: int = 5000, most_tokens: int = 512) -> list:

@@ -17,7 +17,7 @@ from plumbing.files import (
     append_line, checkpoints, read_json, read_lines, save_checkpoint, write_atomically, write_lines)
 from plumbing.models import (
     LocalModel, chat_ids, context_of, load, text_model, without_stop)
-from plumbing.prompts import draw_prompts, read_prompts, with_suffix
+from plumbing.prompts import draw_prompts, read_prompts
 
 MEASURES = ("facts", "accuracy", "rubric")  # held-out scores that say which model is best
 VERIFIED = ("cme", "cme-sequence", "reverse-kl")  # rewards that need a verifier
@@ -71,8 +71,7 @@ def prepare(o):
         policy.add_adapter(LoraConfig(r=o.lora_rank, target_modules="all-linear"))
     rows = read_prompts(o.prompts)
     rows = draw_prompts(rows, tokenizer) if o.prompts == "ultrafeedback" else rows
-    rows = with_suffix(rows, o.suffix)
-    eval_rows = with_suffix(read_prompts(o.eval_prompts), o.suffix) if o.eval_prompts else []
+    eval_rows = read_prompts(o.eval_prompts) if o.eval_prompts else []
     for row in rows + eval_rows:
         size, most = len(chat_ids(tokenizer, row["prompt"])) + o.max_new_tokens, context_of(policy)
         if size > most:
@@ -106,8 +105,7 @@ def prepare(o):
 
 # What a run writes: config.json, metrics.jsonl, samples.jsonl, checkpoints, summary.json
 def begin(run, optimizer) -> int:
-    """How many steps are done: 0, or those of the newest checkpoint, whose optimizer is loaded.
-    What came after it is done again."""
+    """How many steps are done: 0, or those of the newest checkpoint, whose optimizer is loaded."""
     o, state = run.options, {"step": -1}
     os.makedirs(o.output_dir, exist_ok=True)
     for folder in checkpoints(o.output_dir)[-1:]:

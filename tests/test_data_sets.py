@@ -35,6 +35,7 @@ ULTRA = {f"{source}.jsonl": [{"source": source, "instruction": f"{source}, quest
 ULTRA["flan.jsonl"][1]["instruction"] = LONG
 SETS = {"alpaca_eval": ("tatsu-lab/alpaca_eval", {"alpaca_eval.json": ALPACA}), "math500": ("HuggingFaceH4/MATH-500", {"test.jsonl": MATH}),
         "healthbench": ("openai/healthbench", {"2025-05-07-06-14-12_oss_eval.jsonl": HEALTH}), "ultrafeedback": ("openbmb/UltraFeedback", ULTRA)}
+BOX = "\n\nPut your final answer in \\boxed{}."
 HEALTH_HELD_OUT = [12, 13]                                                      # of twenty, by the fixed seed
 SETS["healthbench-held-out"] = SETS["healthbench"]
 FILES = {file: (repository, json.dumps(rows, indent=4) if file.endswith(".json") else "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -149,7 +150,7 @@ def lines(path):
 def test_a_data_set_is_read_and_then_cached(hub, command, name):
     """All its rows in order; again without a second download; again without the hub."""
     files = SETS[name][1]
-    expected = [(next(row[k] for k in ("instruction", "problem", "prompt") if k in row), row.get("answer"), row.get("rubrics", []), [], None)
+    expected = [(next(row[k] for k in ("instruction", "problem", "prompt") if k in row) + BOX * ("problem" in row), row.get("answer"), row.get("rubrics", []), [], None)
                 for rows in files.values() for row in rows]
     if name.startswith("healthbench"):
         expected = [row for i, row in enumerate(expected) if (i in HEALTH_HELD_OUT) == (name != "healthbench")]
@@ -223,18 +224,17 @@ def test_draw_is_fixed_and_fair(command):
     assert list(map(int, json.loads(command("", expression)[1]))) == got
 
 
-@pytest.mark.parametrize("suffix", ["", "Put your final answer in \\boxed{}."])
-def test_an_evaluation_by_name(hub, command, tmp_path, suffix):
+def test_an_evaluation_by_name(hub, command, tmp_path):
     """Respond and report; the folder keeps its own prompts, so that it goes on when neither hub nor cache has them."""
-    status, out, err = command(*respond("math500", tmp_path, "--suffix", suffix))
+    status, out, err = command(*respond("math500", tmp_path))
     assert status == 0, err
     assert [(prompts.question_text(row["prompt"]), row["answer"]) for row in lines(tmp_path / "prompts.jsonl")] == [
-        (row["problem"] + f"\n\n{suffix}" * bool(suffix), row["answer"]) for row in MATH]
+        (row["problem"] + BOX, row["answer"]) for row in MATH]
     hub.asked = hub.close() or shutil.rmtree(command.home) or []
     responses = tmp_path / "models/base/responses.jsonl"
     before = responses.read_text()
     responses.write_text(before[:before.index("\n") + 9])                      # killed within the second line
-    status, out, err = command(*respond("math500", tmp_path, "--suffix", suffix))
+    status, out, err = command(*respond("math500", tmp_path))
     assert status == 0 and not hub.asked and responses.read_text() == before, err
     status, out, err = command("evaluate.py", "report", "--output_dir", tmp_path)
     assert status == 0 and "accuracy" in [row["measure"] for row in json.loads((tmp_path / "report.json").read_text())["means"]] and "accuracy" in out, err

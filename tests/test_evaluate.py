@@ -158,17 +158,8 @@ def test_rows_of_other_peoples_data_sets(tmp_path, capsys, monkeypatch):
     path = str(tmp_path / "p.jsonl")
     (tmp_path / "p.jsonl").write_text('{"instruction": "a"}\n{"instruction": " "}\n{"text": "b"}\n{"instruction": "c"}\n')
     monkeypatch.setattr(prompts, "download", lambda _: [path])
-    assert [r["prompt"] for r in prompts.read_prompts("math500")] == ["a", "c"]
+    assert [r["prompt"] for r in prompts.read_prompts("alpaca_eval")] == ["a", "c"]
     said = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[:2] for line in said] == [["left out", f"{path}:2"], ["left out", f"{path}:3"]] and "not empty" in said[0]
     with pytest.raises(ValueError, match="p.jsonl:2"):
         prompts.read_prompts(path)
-
-
-def test_suffix():
-    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, {"role": "user", "content": "2 + 2?"}]
-    rows = [{"prompt": "1 + 1?", "answer": "2"}, {"prompt": talk}]
-    assert prompts.with_suffix(rows, "") is rows
-    assert prompts.with_suffix(rows, "Box it.") == [{"prompt": [{"role": "user", "content": "1 + 1?\n\nBox it."}], "answer": "2"},
-                                                     {"prompt": talk[:2] + [{"role": "user", "content": "2 + 2?\n\nBox it."}]}]
-    assert talk[2]["content"] == "2 + 2?"

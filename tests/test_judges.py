@@ -467,7 +467,7 @@ def test_a_key_in_the_url_is_refused_and_not_repeated(folder, tmp_path, url):
 @pytest.mark.parametrize("change, said", [
     (["--models", f"base={ROOT}/toy/cat/model"], "holds answers with base "), (["--max_new_tokens", 20], "max_new_tokens 40"),
     (["--temperature", 1], "temperature 0.0"), (["--prompts", ROOT / "toy/cat/eval.jsonl"], "prompts"),
-    (["--seed", 1], "seed 0"), (["--suffix", "Be brief."], "suffix "), (["report", "--temperature", 0.7], "temperature"),
+    (["--seed", 1], "seed 0"), (["report", "--temperature", 0.7], "temperature"),
     (["--judge", "j=other@URL"], "holds judgements by another judge")])
 def test_an_evaluation_is_not_mixed_with_another(two, tmp_path, serve, change, said):  # noqa: F811
     server = serve([verdict("A")])
@@ -638,21 +638,20 @@ def options(monkeypatch, *arguments):
 
 
 def test_what_a_run_says_of_its_own_evaluation(tmp_path, monkeypatch):
-    """Held-out prompts, suffix and length are the run's; with other prompts the suffix is not."""
+    """Held-out prompts and length are the run's."""
     (tmp_path / "runs/r/checkpoint-000004").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
 
     def of(config, *arguments):
-        known = {"reward": "cat", "eval_prompts": "", "generator": "g", "max_new_tokens": 7, "suffix": ""}
+        known = {"reward": "cat", "eval_prompts": "", "generator": "g", "max_new_tokens": 7}
         Path("runs/r/config.json").write_text(json.dumps(known | config))
         Path("runs/r/summary.json").write_text("{}")
         o = options(monkeypatch, *arguments)
-        return o.prompts, o.suffix, o.max_new_tokens, list(o.models), o.output_dir
+        return o.prompts, o.max_new_tokens, list(o.models), o.output_dir
     held = str(ROOT / "toy/cat/eval.jsonl")
-    assert of({"eval_prompts": held}) == (held, "", 7, ["base", "trained"], "runs/r/evaluation-000004")
-    assert of({"eval_prompts": held, "suffix": "Box it."}, "--max_new_tokens", "9")[:3] == (held, "Box it.", 9)
-    assert of({"eval_prompts": "math500", "suffix": "Box it."})[:2] == ("math500", "Box it.")
-    assert of({"suffix": "Box it."}, "--prompts", "alpaca_eval")[:2] == ("alpaca_eval", "")
+    assert of({"eval_prompts": held}) == (held, 7, ["base", "trained"], "runs/r/evaluation-000004")
+    assert of({"eval_prompts": held}, "--max_new_tokens", "9")[:2] == (held, 9)
+    assert of({"eval_prompts": held}, "--prompts", "alpaca_eval")[0] == "alpaca_eval"
     with pytest.raises(ValueError, match="--prompts"):
         of({})
 

@@ -150,7 +150,7 @@ def lines(path):
 def test_a_data_set_is_read_and_then_cached(hub, command, name):
     """All its rows in order; again without a second download; again without the hub."""
     files = SETS[name][1]
-    expected = [(next(row[k] for k in ("instruction", "problem", "prompt") if k in row) + BOX * ("problem" in row), row.get("answer"), row.get("rubrics", []), [], None)
+    expected = [(row["problem"] + BOX if "problem" in row else row.get("instruction") or row["prompt"], row.get("answer"), row.get("rubrics", []), [], None)
                 for rows in files.values() for row in rows]
     if name.startswith("healthbench"):
         expected = [row for i, row in enumerate(expected) if (i in HEALTH_HELD_OUT) == (name != "healthbench")]

@@ -2,14 +2,13 @@
 
 A verifier scores the text of a response in its own tokens v_1..v_N; the policy being trained has
 other tokens y_1..y_T.  How far two overlap, in characters, says how much of a score goes where:
-
     w_jt = |[c_j, d_j) ∩ [a_t, b_t)| / (d_j - c_j),    r_t = Σ_j w_jt · log p_V(v_j | x, v_<j)
 
 so Σ_t r_t = Σ_j log p_V(v_j | x, v_<j): nothing is lost or counted twice, whatever the tokenizers.
 
     text, spans = spans_from_ids(generator, ids)      # the policy's side: the ids that were sampled
     v_ids, v_spans = spans_from_text(verifier, text)  # the verifier's side: the same text, encoded
-    reward = align(v_logp, v_spans, spans)            # [N] -> [T]; try python align.py "A sentence"
+    reward = align(v_logp, v_spans, spans)            # [N] -> [T]
     mask = visible(text, spans)                       # [T], False: whitespace, special, no width
 
 Deliberate departures from the paper, and from its public code (1):
@@ -222,16 +221,3 @@ def _byte_alphabet():
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + n): b for n, b in enumerate(others)}
-
-
-if __name__ == "__main__":
-    import sys
-    from pathlib import Path
-    from transformers import AutoTokenizer
-    text, toy = " ".join(sys.argv[1:]) or "Mia lives in Paris.", Path(__file__).parent / "toy/cme"
-    ids, spans = spans_from_text(AutoTokenizer.from_pretrained(toy / "generator"), text)
-    v_ids, v_spans = spans_from_text(AutoTokenizer.from_pretrained(toy / "verifier"), text)
-    reward = align(np.full(len(v_ids), -1.0), v_spans, spans)  # every verifier token: -1 nat
-    for (a, b), r in zip(spans, reward):
-        print(f"[{a:6.2f}, {b:6.2f})  {r:7.3f}  {text[int(a):int(np.ceil(b))]!r}")
-    print(f"{reward.sum():.6f} nats on {len(ids)} tokens, from {len(v_ids)} of the verifier's")

@@ -246,9 +246,8 @@ def decide(asks: list, model, *, read=read_verdict, max_new_tokens: int = 512) -
     if read is read_verdict:
         max_new_tokens = min(max_new_tokens, getattr(model, "verdict_tokens", max_new_tokens))
     for temperature in (0.0, 1.0):  # greedy; what could not be read, once more
-        settings = {"max_new_tokens": max_new_tokens, "temperature": temperature}
-        missing = [x for x in found if found[x] is None]
-        replies = model.complete(missing, **settings) if missing else []
+        missing, settings = [x for x in found if found[x] is None], {"temperature": temperature}
+        replies = missing and model.complete(missing, max_new_tokens=max_new_tokens, **settings)
         found |= {x: read(reply) for x, [reply] in zip(missing, replies)}
         if unread := [reply for x, [reply] in zip(missing, replies) if found[x] is None]:
             model.last_error = model.last_error or f"it wrote {one_line(unread[0])[:99]!r}"
@@ -291,16 +290,14 @@ def rubric_rewards(verdicts: list, points=None) -> torch.Tensor:
     return torch.tensor(rewards, dtype=torch.float32)
 
 
-def judge_skill(references: list, rubrics: list, model) -> dict:
+def judge_skill(references: list, rubrics: list, model) -> float:
     """How well a judge reads, without labels: a reference's own criteria are true of it, those of
-    the next, unless its own too, false -> the shares that it finds so; NaN of none.  A coin: .5."""
+    the next, unless its own too, false -> the share that it finds so; NaN of none.  A coin: .5."""
     rows = [(s, rubric) for s, rubric in zip(references, rubrics) if s and rubric]
-    texts, own = [[s] for s, _ in rows], [rubric for _, rubric in rows]
-    others, found = [[c for c in b if c not in a] for a, b in zip(own, own[1:] + own[:1])], {}
-    for right, criteria in (True, own), (False, others):
-        said, _ = tree_flatten(judge_rubrics(texts, criteria, model))
-        found[str(right).lower()] = said.count(right) / len(said) if said else math.nan
-    return found
+    both = [(s, c, c in own) for (s, own), (_, others) in zip(rows, rows[1:] + rows[:1])
+            for c in dict.fromkeys(own + others)]
+    said = decide([judge_prompt(s, c) for s, c, _ in both], model)
+    return sum(v is true for v, (_, _, true) in zip(said, both)) / len(both) if both else math.nan
 
 
 def show(question: str, rollouts: list, rewards, *, reference=None, rubric=(), verdicts=()) -> str:

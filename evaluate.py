@@ -4,7 +4,6 @@
     python evaluate.py respond --prompts alpaca_eval --output_dir results --models base=... new=...
     GPT_API_KEY=... python evaluate.py judge --output_dir results --judge gpt=MODEL@https://HOST/v1
     python evaluate.py report --output_dir results    # without a stage: all three
-    python evaluate.py --models one=Qwen/Qwen3-4B nine=synthesis:Qwen/Qwen3-4B --prompts math500 ...
 
 Departures from the papers, which report bare win rates: intervals, p-values, position bias, kappa;
 the judge's prompts are ours; a judgement that could not be had is missing, never a tie.
@@ -19,6 +18,7 @@ import sys
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
 from transformers import HfArgumentParser
@@ -42,8 +42,7 @@ FIXED = "prompts", "max_new_tokens", "temperature", "group_size", "seed"  # of a
 
 @dataclass
 class Options:
-    models: list[str] = option([], "NAME=MODEL ...: a folder, a hub name, a run of train.py, or, "
-                               "as synthesis:MODEL, what an estimator of CaT makes of G answers")
+    models: list[str] = option([], "NAME=MODEL ...: a folder, hub name, run, or synthesis:MODEL")
     prompts: str = option("", "a file, or alpaca_eval, math500, ...; empty: the run's own")
     max_new_tokens: int = option(1024, "longest response, in the model's tokens")
     temperature: float = option(0.0, "of the responses; 0: greedy, with an estimator's G at 1")
@@ -54,13 +53,6 @@ class Options:
     judge_tokens: int = option(1024, "longest reply of a judge, its thoughts included")
     output_dir: str = option("", "the folder; empty: inside the newest run of train.py")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
-
-
-def named(what: str, specs: list) -> dict:
-    """["NAME=VALUE", ...] -> {NAME: VALUE}."""
-    if not all(re.fullmatch(r"\w[\w.-]*=.+", spec) for spec in specs):
-        raise ValueError(f"{what} {' '.join(specs)}: must be NAME=..., of letters, digits, . - _")
-    return dict(spec.split("=", 1) for spec in specs)
 
 
 def run_of(path: str) -> tuple:
@@ -89,8 +81,10 @@ def read_options(respond: bool) -> Options:
     answered = saved.pop("models", {})
     parser.set_defaults(**saved)
     [o] = parser.parse_args_into_dataclasses()
-    models = {name: run_of(path)[0] for name, path in named("--models", o.models).items()}
-    o.models, o.judge = answered | models, named("--judge", o.judge)
+    if wrong := [x for x in o.models + o.judge if not re.fullmatch(r"\w[\w.-]*=.+", x)]:
+        raise ValueError(f"--models, --judge: {wrong[0]} must be NAME=..., of letters, digits, .-_")
+    o.models, o.judge = (dict(x.split("=", 1) for x in of) for of in (o.models, o.judge))
+    o.models = answered | {name: run_of(path)[0] for name, path in o.models.items()}
     for name, value in (saved | answered).items():
         if value not in (o.models.get(name), getattr(o, name, None)):
             raise ValueError(f"{o.output_dir} holds answers with {name} {value}; for others give "
@@ -240,10 +234,8 @@ def compare(known: dict, x: str, y: str, n: int) -> dict:
 
 
 def make_report(rows: list, responses: dict, judges: dict) -> dict:
-    """All that can be said.  responses: {model: n rows}; judges: {name: {task: verdict}}.  Of each
-    pair the later model is compared with (and over) the earlier one."""
-    judges = {name: {task: WORTH[v] for task, v in known.items() if v in WORTH}
-              for name, known in judges.items()}
+    """All that can be said.  responses: {model: n Reply}; judges: {name: {task: WORTH}}.  Of a pair
+    the later model is over the earlier; HealthBench clips the mean at 0, not the examples."""
     means, differences, compared, agreed, values = [], [], [], [], {}
     for x, replies in responses.items():
         values[x] = values_of(rows, replies)
@@ -252,7 +244,6 @@ def make_report(rows: list, responses: dict, judges: dict) -> dict:
                         for i, row in enumerate(rows)]
             scores = cat.rubric_rewards(verdicts, [row["points"] for row in rows]).numpy()
             values[x] |= {} if np.isnan(scores).all() else {f"rubric, {name}": scores}
-        # HealthBench clips the mean, not the examples; no other is below 0
         means += [{"model": x, "measure": m} | estimate(v, least=0) for m, v in values[x].items()]
     for y, x in combinations(responses, 2):
         for m in (m for m in values[x] if m in values[y]):
@@ -288,25 +279,23 @@ def answers(model, estimator: str, rows: list, o: Options, seed: int) -> list:
     rollouts = model.complete(prompts, n=o.group_size, temperature=o.temperature or 1.0,
                               seed=seed, **settings)
     had = [i for i, group in enumerate(rollouts) if None not in group]
-    style = "freeform" if rows[0]["answer"] is None else "stepwise"
-    reconcile = cat.estimators(model, style=style, temperature=o.temperature, seed=seed + 1,
-                               **settings)[estimator]
-    texts = reconcile([prompts[i] for i in had], [rollouts[i] for i in had])
+    settings["style"] = "freeform" if rows[0]["answer"] is None else "stepwise"
+    made = cat.estimators(model, temperature=o.temperature, seed=seed + 1, **settings)
+    texts = made[estimator]([prompts[i] for i in had], [rollouts[i] for i in had])
     found = {i: Reply(text or "") for i, text in zip(had, texts)}  # none is a wrong answer
     return [found.get(i, Reply()) for i in range(len(rows))]
 
 
 def respond(o: Options, name: str, rows: list):
     """models/NAME/responses.jsonl.  A model is in evaluation.json once it can answer."""
-    path = f"{o.output_dir}/models/{name}/responses.jsonl"
+    path, file = f"{o.output_dir}/models/{name}/responses.jsonl", f"{o.output_dir}/evaluation.json"
     done, saved = read_lines(path), {k: getattr(o, k) for k in FIXED}
     if len(done) == len(rows):
         return
     estimator, where = ESTIMATOR.fullmatch(o.models[name]).groups("")
     model = LocalModel(*load(f"--models {name}", where, o.device), batch_tokens=o.batch_tokens)
-    answered = read_json(f"{o.output_dir}/evaluation.json").get("models", {})
-    saved["models"] = answered | {name: o.models[name]}
-    write_atomically(f"{o.output_dir}/evaluation.json", json.dumps(saved))
+    saved["models"] = read_json(file).get("models", {}) | {name: o.models[name]}
+    write_atomically(file, json.dumps(saved))
     os.makedirs(os.path.dirname(path), exist_ok=True)
     for i in progress(range(len(done), len(rows), PART), desc=name):
         replies = answers(model, estimator[:-1], rows[i : i + PART], o, 2 * (o.seed + i))
@@ -321,11 +310,10 @@ def report(o: Options, rows: list, responses: dict, tasks: dict):
                     "generator": name, "prompt": row["prompt"]}
                    for row, r in zip(rows, replies) if r.response]
         write_atomically(f"{o.output_dir}/models/{name}/outputs.json", json.dumps(outputs))
-    names = [f[:-6] for f in sorted(os.listdir(f"{o.output_dir}/judges")) if f.endswith(".jsonl")]
     judges, who = {}, {}
-    for name in names:
-        known = {row["ask"]: row for row in read_lines(f"{o.output_dir}/judges/{name}.jsonl")}
-        judges[name] = {t: known[ask]["verdict"] for t, ask in tasks.items() if ask in known}
+    for path in sorted(Path(o.output_dir, "judges").glob("*.jsonl")):
+        known, name = {row["ask"]: row for row in read_lines(path)}, path.stem
+        judges[name] = {t: WORTH[known[x]["verdict"]] for t, x in tasks.items() if x in known}
         who |= {f"judge {name}": row["judge"] for row in known.values()}
     settings = o.models | who | {name: getattr(o, name) for name in FIXED}
     found = {"settings": [settings]} | make_report(rows, responses, judges)

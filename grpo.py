@@ -1,7 +1,6 @@
 """GRPO, written out: sampling, token log-probabilities, advantages, loss (Shao et al., 2024).
-Tensors in, tensors out: a `model` is a causal language model of transformers, a prompt a list of
-ids.
 
+A `model` is a causal language model of transformers, a prompt a list of ids; all else are tensors.
 Letters, in the whole project: P prompts, G responses per prompt, B = P * G rows (the G of a prompt
 adjacent), T generator tokens of a response (right-padded), N verifier tokens, V vocabulary, D the
 model's width, L padded length, K response tokens of a batch.  Masks come from lengths.  Nats.

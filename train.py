@@ -29,11 +29,11 @@ from plumbing.models import chat_ids, end_of_turn
 from plumbing.prompts import question_text
 from plumbing.run import begin, finish, metrics_of, numbers, prepare, record, train_options
 
-TOYS = {  # what is taken where nothing is given: model, prompts, held-out ones, lr, steps
-    "cme": ("cme/generator", "cme/prompts", "cme/eval", 8e-4, 80),
-    **dict.fromkeys(("cat", "cat-match", "rubric-given", "cat-sft"),
-                    ("cat/model", "cat/prompts", "cat/eval", 3e-4, 30)),
-    "cat-answer": ("cat/model", "cat/numbers", "cat/numbers_eval", 3e-4, 30)}
+CAT = f"{TOY}/cat/model", f"{TOY}/cat/prompts.jsonl", f"{TOY}/cat/eval.jsonl", 3e-4, 30
+TOYS = {  # what is taken where nothing is given: generator, prompts, eval_prompts, lr, steps
+    "cme": (f"{TOY}/cme/generator", f"{TOY}/cme/prompts.jsonl", f"{TOY}/cme/eval.jsonl", 8e-4, 80),
+    **dict.fromkeys(("cat", "cat-match", "rubric-given", "cat-sft"), CAT),
+    "cat-answer": (CAT[0], f"{TOY}/cat/numbers.jsonl", f"{TOY}/cat/numbers_eval.jsonl", 3e-4, 30)}
 REWARDS = Literal["cme", "cme-sequence", "reverse-kl", "rent",
                   "cat", "cat-answer", "cat-match", "rubric-given", "cat-sft"]
 
@@ -41,10 +41,9 @@ REWARDS = Literal["cme", "cme-sequence", "reverse-kl", "rent",
 @dataclass
 class Options:
     reward: REWARDS = option(
-        "cme", "cme: per token (CME, Eq. 1); cme-sequence: per response (Eq. 3); reverse-kl: less "
-        "log pi; rent: minus the policy's entropy; cat: rubric from the reference (CaT, Eq. 3-4); "
-        "cat-answer: same answer (Eq. 2); cat-match: judged the same; rubric-given: the prompts' "
-        "rubrics; cat-sft: no reward, cross-entropy on the prompts' `output` (Eq. 12)")
+        "cme", "cme: per token (Eq. 1); cme-sequence: per response (Eq. 3); reverse-kl: less log "
+        "pi; rent: minus entropy; cat: rubric (Eq. 3-4); cat-answer: the same answer; cat-match: "
+        "judged alike; rubric-given: the prompts'; cat-sft: cross-entropy on `output` (Eq. 12)")
     credit: Literal["token", "word"] = option("token", "cme: the paper's, or the whole word's")
     generator: str = option("", "model to train, a folder or a hub name; empty: the toy's")
     verifier: str = option(f"{TOY}/cme/verifier", "CME: scores; random:MODEL: random weights")
@@ -85,16 +84,13 @@ class Options:
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
 
     def __post_init__(self):
-        if self.generator and self.prompts and None in (self.lr, self.steps):
-            raise ValueError("with a model and prompts of your own give --lr and --steps too")
-        model, prompts, held, lr, steps = TOYS.get(self.reward, TOYS["cme"])
-        if not (self.generator and self.prompts):
-            self.eval_prompts = self.eval_prompts or f"{TOY}/{held}.jsonl"
-        self.generator = self.generator or f"{TOY}/{model}"
-        self.prompts = self.prompts or f"{TOY}/{prompts}.jsonl"
-        self.lr = lr if self.lr is None else self.lr
-        self.steps = steps if self.steps is None else self.steps
         self.beta = 0.0 if self.reward == "cat-sft" else self.beta
+        own, toy = self.generator and self.prompts, TOYS.get(self.reward, TOYS["cme"])
+        if own and None in (self.lr, self.steps):
+            raise ValueError("with a model and prompts of your own give --lr and --steps too")
+        for name, value in zip(("generator", "prompts", "eval_prompts", "lr", "steps"), toy):
+            if not own and getattr(self, name) in ("", None):
+                setattr(self, name, value)
 
 
 # The parts of a step
@@ -102,8 +98,8 @@ def prompts_of_step(prompts: list, per_step: int, seed: int, step: int) -> list:
     """The P prompts of a step: all are gone through again and again, each time in another order."""
     n, chosen = len(prompts), []
     for i in range(step * per_step, (step + 1) * per_step):
-        generator = torch.Generator().manual_seed(seed * 100_003 + i // n)
-        chosen.append(prompts[torch.randperm(n, generator=generator)[i % n]])
+        noise = torch.Generator().manual_seed(seed * 100_003 + i // n)
+        chosen.append(prompts[torch.randperm(n, generator=noise)[i % n]])
     return chosen
 
 
@@ -144,10 +140,9 @@ def cat_rewards(run, rows: list, rollouts: list, seed: int):
     from_question = o.reward == "cat" and o.rubric_from == "question"
     if o.reward != "rubric-given" and not from_question:
         final = o.reward == "cat-answer" or rows[0]["answer"] is not None  # an answer in a box
-        style = "stepwise" if final else "freeform"
         estimators = cat.estimators(
-            run.anchor, seed=seed, style=style, max_new_tokens=o.max_new_tokens,
-            question=o.question_in_synthesis, **settings)
+            run.anchor, seed=seed, style="stepwise" if final else "freeform",
+            max_new_tokens=o.max_new_tokens, question=o.question_in_synthesis, **settings)
         references = estimators[o.estimator](prompts, rollouts)  # Eq. 1
     told = {"reference": references}
     if o.reward == "cat-answer":
@@ -233,26 +228,22 @@ def update(run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, advanta
 # How it goes
 def scores_of(run) -> dict:
     """Held-out scores of the policy as it is."""
-    if not run.eval_rows:
-        return {}
+    settings = {"max_new_tokens": run.options.max_new_tokens, "judge": run.judge}
     with autocast(run.device):
-        return held_out(run.actor, run.eval_rows, max_new_tokens=run.options.max_new_tokens,
-                        judge=run.judge)
+        return held_out(run.actor, run.eval_rows, **settings) if run.eval_rows else {}
 
 
 def check_judge(run, rewards, told: dict) -> dict:
-    """In the first step: the judge on criteria that should be true or false.  ValueError: no reward
-    at all."""
+    """In the first step: how often the judge is right.  ValueError: there is no reward at all."""
     if rewards.isnan().all():
         raise ValueError("no reward in the first step: no reference (with \\boxed{}?), rubric or "
                          "verdict can be read: take a stronger model or --judge")
     if run.options.reward != "cat":
         return {}
     skill = cat.judge_skill(told["reference"], told["rubric"], run.judge)
-    tqdm.write(f"judge: {numbers(skill)}", file=sys.stdout)
-    if skill["true"] + skill["false"] < 1.7:
-        tqdm.write("the judge is wrong on more than 15% of criteria that should be true or false: "
-                   "a policy learns to please such a judge; take a stronger --judge", sys.stderr)
+    if skill < 0.85:
+        tqdm.write(f"the judge is right on {skill:.0%} of criteria that should be true or false, "
+                   "and a policy learns to please it: take a stronger --judge", sys.stderr)
     return {"judge": skill}
 
 
@@ -311,8 +302,7 @@ def train(run) -> dict:
         # 5. how it went
         row = metrics_of(run, G, ids, lengths, rewards, counted, advantages, told, updates)
         row |= {"lr": learning_rate(o, step), "seconds": time.time() - clock} | skill
-        shown = numbers({name: row[name] for name in ("reward", "kl", "skipped")})
-        bar.set_postfix_str(shown, refresh=False)
+        bar.postfix = numbers({name: row[name] for name in ("reward", "kl", "skipped")})
         if step + 1 == o.steps or o.eval_every and (step + 1) % o.eval_every == 0:
             show_samples(run, G, step + 1, rows, ids, lengths, rewards, counted, told)
             row["held_out"] = scores_of(run)
@@ -326,8 +316,7 @@ def main():
     result = train(run)
     print(f"before: {numbers(result['before'])}\n after: {numbers(result['after'])}\n"
           f"{result['steps']} steps in {result['seconds']:.0f} s, {result['peak_memory_mb']} MB at "
-          f"most. The model is in {result['model']}; beside it are config.json, metrics.jsonl, "
-          "samples.jsonl and summary.json.")
+          f"most. The model is in {result['model']}, beside it metrics.jsonl, samples.jsonl, ...")
 
 
 if __name__ == "__main__":

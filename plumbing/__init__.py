@@ -28,10 +28,8 @@ def one_clear_line(main, script: str, again: str = "the same command continues")
         return main()
     except (FloatingPointError, ConnectionError, torch.OutOfMemoryError) as e:
         status, line = 1, f"{str(e).splitlines()[0]} ({again})"
-    except ImportError as e:
-        status, line = 2, f"a package is missing: pip install {e.name}"
-    except (ValueError, OSError) as e:
-        status, line = 2, str(e)
+    except (ValueError, OSError, ImportError) as e:
+        status, line = 2, f"pip install {e.name}" if isinstance(e, ImportError) else str(e)
     except KeyboardInterrupt:
         status, line = 130, f"stopped; {again}"
     print(f"{script}: {line}", file=sys.stderr, flush=True)

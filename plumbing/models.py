@@ -4,6 +4,7 @@ A text model has complete(prompts, *, n, max_new_tokens, temperature, seed) -> P
 None where none was to be had (last_error: why); a local one also logprob(prompts, texts) -> [B].
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -19,20 +20,19 @@ from plumbing.prompts import messages_of
 # What weights of a multimodal checkpoint (old layout, new) are called in its text model alone.
 TEXT_NAMES = {r"^language_model\.lm_head": "lm_head",
               r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
-RANDOM = "random:"  # random:PATH: PATH's architecture and tokenizer, with random weights
 load_tokenizer = AutoTokenizer.from_pretrained  # from a folder, or by its name on the hub
 
 
 def load_model(path: str, *, train: bool, device=""):
     """A causal language model from a folder or by its hub name, in eval mode, without dropout; of a
     multimodal one (Gemma 3, 3n, 4) the text model, without its towers; from a folder of a LoRA
-    adapter, with its base, which is frozen.
+    adapter, with its base, which is frozen; from random:PATH random weights of that architecture.
     train: float32 weights with gradients (AdamW at 1e-6 changes nothing in bf16); else frozen, bf16
     on CUDA.  ValueError: missing weights; `grpo.model_logits` does not give the model's own."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     exact = train or device.type == "cpu"
     dtype, tolerance = (torch.float32, 1e-4) if exact else (torch.bfloat16, 2e-2)
-    random, path = path.startswith(RANDOM), path.removeprefix(RANDOM)
+    random, path = path.startswith("random:"), path.removeprefix("random:")
     adapter = read_json(f"{path}/adapter_config.json")
     base = adapter.get("base_model_name_or_path", path)
     config = AutoConfig.from_pretrained(base).get_text_config()
@@ -64,18 +64,13 @@ def load_model(path: str, *, train: bool, device=""):
 def load(what: str, path: str, device="", train: bool = False):
     """A model and its tokenizer; device "": CUDA if there is one.  ValueError: one line."""
     try:
-        tokenizer = load_tokenizer(path.removeprefix(RANDOM))
+        tokenizer = load_tokenizer(path.removeprefix("random:"))
         return load_model(path, train=train, device=device), tokenizer
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # broken files, no network, unknown architectures ...
         why = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
         raise ValueError(f"{what} {path}: no folder or hub name of a model? {why}") from None
-
-
-def context_of(model) -> float:
-    """The longest sequence that a model can read, in tokens."""
-    return getattr(model.config, "max_position_embeddings", None) or float("inf")
 
 
 def batches(sizes: list, budget: int, longest=float("inf"), n: int = 1) -> list:
@@ -121,12 +116,12 @@ def end_of_turn(tokenizer):
 
 def find_stop_ids(model, tokenizer) -> list:
     """All ids that end a response: generation_config.eos_token_id (one or a list; nothing else is
-    ever taken from there), the tokenizer's EOS, the end of the turn.  ValueError: there is none."""
+    ever taken from there), the tokenizer's EOS, the end of the turn."""
     eos = getattr(model.generation_config, "eos_token_id", None)
     eos = eos if isinstance(eos, (list, tuple)) else [eos]
     ids = {*eos, tokenizer.eos_token_id, end_of_turn(tokenizer)} - {None}
     if not ids:
-        raise ValueError(f"{tokenizer.name_or_path}: names no stop token; set tokenizer.eos_token")
+        raise ValueError(f"{tokenizer.name_or_path} names no stop token: set tokenizer.eos_token")
     return sorted(ids)
 
 
@@ -147,9 +142,8 @@ def plain_ids(tokenizer, texts: list) -> list:
 def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens: int = 4096):
     """log p(v_j | x, v_<j) of B answers (lists of ids) to B prompts -> B arrays [N], nats.
     Batches of like length hold at most `batch_tokens`; equal rows are scored once, and so equal to
-    the bit.  Where both exceed the context, the prompt loses its oldest tokens, all but its first
-    (ValueError: not enough)."""
-    context, rows = context_of(model), []
+    the bit.  Where both exceed the context, a prompt loses its oldest tokens (cme.py, 2)."""
+    context, rows = getattr(model.config, "max_position_embeddings", None) or math.inf, []
     rendered = {repr(prompt): prompt for prompt in prompts}
     rendered = {key: chat_ids(tokenizer, prompt) for key, prompt in rendered.items()}
     for prompt, answer in zip(prompts, answers, strict=True):
@@ -184,7 +178,8 @@ class LocalModel:
     last_error, verdict_tokens = "", 1  # a yes or no is the first token of a reply
 
     def __init__(self, model, tokenizer, *, top_k=0, top_p=1.0, batch_tokens: int = 0):
-        self.model, self.tokenizer, self.context = model, tokenizer, context_of(model)
+        self.model, self.tokenizer = model, tokenizer
+        self.context = getattr(model.config, "max_position_embeddings", None) or math.inf
         self.batch_tokens = batch_tokens or (131_072 if model.device.type == "cuda" else 16_384)
         self.stop_ids = find_stop_ids(model, tokenizer)
         self.sampling = {"top_k": top_k, "top_p": top_p, "stop_ids": self.stop_ids,
@@ -231,8 +226,7 @@ class Endpoint:
         self.client = openai.OpenAI(base_url=url, api_key=self.key, **settings)
 
     def complete(self, prompts, *, n=1, max_new_tokens: int, temperature=1.0, seed=0) -> list:
-        """n answers to each of P prompts, each a request of its own, as many servers ignore `n`
-        (and `seed`, which is not sent).  An error that is the user's ends them all."""
+        """n answers to each of P prompts, each a request of its own; `seed` is not sent."""
         each, pool = [p for p in prompts for _ in range(n)], ThreadPoolExecutor(self.concurrency)
         texts = [*pool.map(lambda prompt: self.ask(prompt, max_new_tokens, temperature), each)]
         return [texts[i : i + n] for i in range(0, len(texts), n)]

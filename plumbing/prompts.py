@@ -34,8 +34,8 @@ def read_prompts(path: str) -> list:
     """Prompts from a .jsonl, .json or .txt file (a prompt per line), or a data set of HUB -> dicts
     with `prompt` (str or messages; or instruction, problem), `where` ("file:line"); to evaluate,
     `facts` ([{"right", "wrong": [...], "kind"}]), `pattern` (regular expression), `answer` (what
-    belongs in \\boxed{}), `kind` (its), `rubrics` ([{"criterion", "points"}]), criteria, points; for
-    CaT-SFT `output`.  ValueError with file and line; a data set's bad rows are left out."""
+    belongs in \\boxed{}), `kind` (its), `rubrics` ([{"criterion", "points"}]), criteria, points;
+    CaT-SFT's `output`.  ValueError with file and line; a data set's bad rows are left out."""
     files, rows = download(path) if path in HUB else [path], []
     for where, item in (pair for file in files for pair in items_of(file)):
         try:

@@ -15,13 +15,11 @@ from transformers import HfArgumentParser
 
 from plumbing.files import (
     append_line, checkpoints, read_json, read_lines, save_checkpoint, write_atomically, write_lines)
-from plumbing.models import (
-    LocalModel, chat_ids, context_of, load, text_model, without_stop)
+from plumbing.models import LocalModel, chat_ids, load, text_model, without_stop
 from plumbing.prompts import draw_prompts, read_prompts
 
 MEASURES = ("facts", "accuracy", "rubric")  # held-out scores that say which model is best
-VERIFIED = ("cme", "cme-sequence", "reverse-kl")  # rewards that need a verifier
-JUDGED = ("cat", "cat-match", "rubric-given")  # a judge
+JUDGED = ("cat", "cat-match", "rubric-given")  # rewards by a judge
 NEEDED = {"rubric-given": "rubrics", "cat-sft": "output"}  # something in each prompt's row
 
 
@@ -56,10 +54,9 @@ def train_options(Options):
 
 
 def prepare(o):
-    """Reads, loads and checks all -> a `run`, which has what a step needs: options, device; policy
-    (float32, trained), tokenizer, actor (they as a text model); rows and eval_rows (of prompts);
-    reference (the frozen initial policy); CME's verifier (model, tokenizer); CaT's anchor and judge
-    (text models).  ValueError for what a user can mend; nothing is written yet."""
+    """Reads, loads and checks all, writes nothing -> a `run`: options, device; policy (trained),
+    tokenizer, actor (they as a text model); rows and eval_rows (of prompts); reference (the frozen
+    initial policy); CME's verifier (model, tokenizer); CaT's anchor and judge (text models)."""
     there = os.listdir(o.output_dir) if os.path.isdir(o.output_dir) else []
     if {*there} - {"config.json", "config.json.tmp"} and not o.resume:
         raise ValueError(f"--output_dir {o.output_dir} is in use; give another one, or --resume")
@@ -69,23 +66,20 @@ def prepare(o):
         from peft import LoraConfig
         torch.manual_seed(o.seed)
         policy.add_adapter(LoraConfig(r=o.lora_rank, target_modules="all-linear"))
-    rows = read_prompts(o.prompts)
+    sampling = {"top_k": o.top_k, "top_p": o.top_p, "batch_tokens": o.batch_tokens}
+    actor, rows = LocalModel(policy, tokenizer, **sampling), read_prompts(o.prompts)
     rows = draw_prompts(rows, tokenizer) if o.prompts == "ultrafeedback" else rows
     eval_rows = read_prompts(o.eval_prompts) if o.eval_prompts else []
     for row in rows + eval_rows:
-        size, most = len(chat_ids(tokenizer, row["prompt"])) + o.max_new_tokens, context_of(policy)
-        if size > most:
-            raise ValueError(f"{row['where']}: {size} tokens with --max_new_tokens do not fit the "
-                             f"generator's context of {most}; leave it out")
-    needed, judged = NEEDED.get(o.reward, "prompt"), o.reward in JUDGED
+        if len(chat_ids(tokenizer, row["prompt"])) + o.max_new_tokens > actor.context:
+            raise ValueError(f"{row['where']}: with --max_new_tokens this does not fit the "
+                             f"generator's context of {actor.context} tokens; leave it out")
+    judged, needed = o.reward in JUDGED, NEEDED.get(o.reward, "prompt")
     if not all(row[needed] for row in rows):
         raise ValueError(f"{o.prompts}: --reward {o.reward} needs `{needed}` in every row")
     if o.keep == "best" and not any(row["facts"] or row["answer"] or judged and row["rubrics"]
                                     for row in eval_rows):
-        raise ValueError("--keep best needs --eval_prompts with facts, answer or, with a judge, "
-                         "rubrics")
-    sampling = {"top_k": o.top_k, "top_p": o.top_p, "batch_tokens": o.batch_tokens}
-    actor = LocalModel(policy, tokenizer, **sampling)
+        raise ValueError("--keep best needs --eval_prompts with facts, answer or (judged) rubrics")
     run = SimpleNamespace(
         options=o, device=policy.device, policy=policy, tokenizer=tokenizer, actor=actor, rows=rows,
         eval_rows=eval_rows, reference=None, verifier=None, anchor=None, judge=None)
@@ -93,7 +87,7 @@ def prepare(o):
         run.reference, _ = load("--generator", o.generator, o.device)
         run.anchor = LocalModel(run.reference, tokenizer, **sampling)
         run.judge = run.anchor if judged else None
-    if o.reward in VERIFIED:
+    if o.reward in ("cme", "cme-sequence", "reverse-kl"):
         run.verifier = load("--verifier", o.verifier, o.device)
     if judged and o.judge:
         run.judge = text_model("--judge", o.judge, o.device, batch_tokens=o.batch_tokens,
@@ -134,8 +128,7 @@ def metrics_of(run, G, ids, lengths, rewards, counted, advantages, told: dict, u
 
 
 def best_step(o, rows: list) -> int:
-    """With --keep best, of the lines of metrics.jsonl: the first step, after 0, with the best
-    greedy held-out score; else the last."""
+    """With --keep best the first step after 0 that has the best held-out score; else the last."""
     scores = {row["step"]: [row["held_out"].get(name) or 0 for name in MEASURES]
               for row in rows[1:] if "held_out" in row and o.keep == "best"}
     return max(scores, key=scores.get, default=rows[-1]["step"])
@@ -157,9 +150,8 @@ def finish(run) -> dict:
     """summary.json: scores before and after, the model, time and memory."""
     folder, rows = run.options.output_dir, read_lines(f"{run.options.output_dir}/metrics.jsonl")
     made = rows[best_step(run.options, rows)]
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # of KiB, but on macOS
-    if run.device.type == "cuda":
-        memory = torch.cuda.max_memory_allocated(run.device) / 2**20
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
+    memory = torch.cuda.max_memory_allocated() / 2**20 if run.device.type == "cuda" else memory
     result = {"before": rows[0]["held_out"] | {"reward": rows[1]["reward"]},
               "after": made.get("held_out", {}) | {"reward": made["reward"]},
               "seconds": round(sum(row["seconds"] for row in rows[1:]), 1),

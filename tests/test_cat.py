@@ -287,10 +287,10 @@ def test_judge_match():
 def test_judge_skill_knows_a_coin_and_an_oracle():
     rubrics = [[f"says {w}" for w in s.split()] for s in ("red cat", "red dog", "blue cat")]
     oracle = Scripted(lambda p, t: "yes" if p.split("<criterion>\nsays ")[-1].split("\n")[0] in p.split("<response>\n")[1].split("\n")[0].split() else "no")
-    assert cat.judge_skill(["red cat", "red dog", "blue cat"], rubrics, oracle) == {"true": 1, "false": 1}
+    assert cat.judge_skill(["red cat", "red dog", "blue cat"], rubrics, oracle) == 1
     yes = cat.judge_skill(["red cat", "red dog", None], [rubrics[0], rubrics[1], []], Scripted(lambda p, t: "yes"))
-    assert yes == {"true": 1, "false": 0}
-    assert cat.judge_skill(["red cat"], [rubrics[0]], Scripted(lambda p, t: "?"))["true"] == 0
+    assert yes == 4 / 6                                                         # two of each are true, one is the other's
+    assert cat.judge_skill(["red cat"], [rubrics[0]], Scripted(lambda p, t: "?")) == 0 and math.isnan(cat.judge_skill([None], [[]], Scripted(None)))
 
 
 # ---------------------------------------------------------------- the toy in its roles

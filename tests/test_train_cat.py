@@ -62,8 +62,7 @@ def test_the_whole_story_is_kept(whole):
             assert reward == pytest.approx(sum(v for v in verdicts if v is not None) / sum(v is not None for v in verdicts)) if any(
                 v is not None for v in verdicts) else reward is None
         assert s["reference"] in out and (not s["rubric"] or s["rubric"][0] in out)
-    skill = rows(folder / "metrics.jsonl")[1]["judge"]
-    assert set(skill) == {"true", "false"} and "judge: true" in out and min(skill["true"], skill["false"]) > 0.9
+    assert rows(folder / "metrics.jsonl")[1]["judge"] > 0.9
     summary = json.loads((folder / "summary.json").read_text())
     assert {"facts", "facts_hazy", "sampled_facts", "valid"} <= set(summary["after"])
 
@@ -208,7 +207,7 @@ def test_a_weak_judge_is_warned_about(tmp_path, few):
         p.data += 0.5 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) if p.dim() > 1 else 0
     model.save_pretrained(tmp_path / "weak"), tokenizer.save_pretrained(tmp_path / "weak")
     status, out, err = run(tmp_path, few, "--judge", tmp_path / "weak", "--steps", 1)
-    warned = [line for line in err.splitlines() if line.startswith("the judge is wrong on ")]
+    warned = [line for line in err.splitlines() if line.startswith("the judge is right on ")]
     assert len(warned) == 1 and "stronger --judge" in warned[0], err
 
 
@@ -261,7 +260,7 @@ def test_rubrics_from_the_question_have_no_reference(tmp_path, few):
     """Nothing is said of references that are not there; and a date does as a seed."""
     status, out, err = run(tmp_path, few, "--rubric_from", "question", "--steps", 1, "--seed", 20250101)
     assert status == 0, err
-    assert rows(tmp_path / "run/metrics.jsonl")[1]["judge"] == {"true": None, "false": None}
+    assert rows(tmp_path / "run/metrics.jsonl")[1]["judge"] is None
 
 
 def test_lora(tmp_path, few, outputs):

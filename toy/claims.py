@@ -143,13 +143,12 @@ def weak_judge(folder: str, aim: float = 0.73) -> str:
         noise, rng = (low + high) / 2, torch.Generator().manual_seed(8)
         for p, c in zip(model.parameters(), clean):
             p.data = c + noise * c.std() * torch.randn(c.shape, generator=rng) if c.dim() > 1 else c
-        skill = cat.judge_skill(texts, rubrics, anchor)
-        right = (skill["true"] + skill["false"]) / 2
+        right = cat.judge_skill(texts, rubrics, anchor)
         low, high = (noise, high) if right > aim else (low, noise)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
     with open(os.path.join(path, "noise.json"), "w", encoding="utf-8") as f:
-        json.dump({"noise": noise, "right": right, **skill}, f)
+        json.dump({"noise": noise, "right": right}, f)
     return path
 
 

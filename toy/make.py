@@ -16,6 +16,7 @@ three skeletons, so that very many answers are right and yet every fact can be c
     python toy/make.py                                   # about 12 minutes on one core; continues where it was stopped
     python toy/make.py --output runs/half --knows 0.5    # a verifier that knows half of the facts
     python toy/make.py --output runs/cut --fragment      # a generator that spells the values in pieces
+    python toy/make.py --output runs/own --parts own     # a verifier of the generator's own family, with its tokenizer
 
 toy/cat, one tiny model that plays policy, anchor and judge of the other paper, is described in skills.py:
 
@@ -290,15 +291,16 @@ def write_rows(path: str, rows: list):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("--output", default="", help="folder to make; empty: toy/cme, or with --parts cat toy/cat")
-    parser.add_argument("--parts", default="data,generator,verifier", help="which of data, generator, verifier to make, or cat: all of toy/cat")
+    parser.add_argument("--parts", default="data,generator,verifier", help="which of data, generator, verifier, own to make, or cat: all of toy/cat")
     parser.add_argument("--steps", type=int, default=0, help="pretraining steps for each model")
     parser.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--knows", type=float, default=1.0, help="share of the facts that the verifier knows; it sees random values for the others")
     parser.add_argument("--fragment", action="store_true", help="a generator whose tokenizer spells the values in pieces")
+    parser.add_argument("--seed", type=int, default=0, help="another one gives another model that has read other texts of the same world")
     args = parser.parse_args()
     parts = args.parts.split(",")
-    if set(parts) - {"data", "generator", "verifier"} and parts != ["cat"]:
-        parser.error(f"--parts {args.parts}: any of data,generator,verifier, or cat")
+    if set(parts) - {"data", "generator", "verifier", "own"} and parts != ["cat"]:
+        parser.error(f"--parts {args.parts}: any of data,generator,verifier,own, or cat")
     args.output = args.output or os.path.join(os.path.dirname(os.path.abspath(__file__)), "cat" if parts == ["cat"] else "cme")
     torch.set_num_threads(1)
     os.makedirs(args.output, exist_ok=True)
@@ -320,9 +322,10 @@ def main():
                            ("eval.jsonl", [eval_row(world, name, p) for p in HELD_OUT_PHRASINGS for name in NAMES])]:
             write_rows(os.path.join(args.output, file), rows)
     for part, make_tokenizer, build, draw, seed in [("generator", lambda: generator_tokenizer(args.fragment), qwen2, noisy, 3),
-                                                    ("verifier", verifier_tokenizer, gemma3, clean, 4)]:
+                                                    ("verifier", verifier_tokenizer, gemma3, clean, 4),
+                                                    ("own", lambda: generator_tokenizer(args.fragment), qwen2, clean, 5)]:
         if part in parts:
-            tokenizer = make_tokenizer()
+            tokenizer, seed = make_tokenizer(), seed + 1000 * args.seed
             torch.manual_seed(seed)
             model = build(tokenizer)
             pretrain(model, tokenizer, responses_loss(model, tokenizer, draw), steps=args.steps or 1500, path=os.path.join(args.output, part), seed=seed,

@@ -1,4 +1,4 @@
-"""toy/claims.py and toy/skills.py: the statistics, the LoRA, the weak judge, and a world that is what it says."""
+"""toy/claims.py and toy/skills.py: the statistics and verdicts, the weak judge, and a world that is what it says."""
 import json
 import random
 import re
@@ -7,12 +7,14 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
-import torch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "toy"))
+import average  # noqa: E402
 import claims  # noqa: E402
+import make  # noqa: E402
 import skills  # noqa: E402
 
 import cat  # noqa: E402
@@ -32,16 +34,88 @@ def test_statistics():
     assert claims.t_test([1, 1], [1, 1]) == (0.0, 1.0)
 
 
-def test_lora_starts_at_the_model_and_leaves_it_alone():
-    model, tokenizer = models.load("toy", claims.MODEL, "cpu", train=True)
-    ids = torch.tensor([tokenizer("Tell me about Mia.").input_ids])
-    before = model(input_ids=ids).logits
-    claims.add_lora(model, rank=4)
-    assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-5)
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert len(trained) == 4 * 7 * 2 and all(name.endswith((".A", ".B")) for name in trained)      # 4 layers of 7 linear maps
-    model(input_ids=ids).logits.square().mean().backward()
-    assert any(p.grad is not None and p.grad.abs().sum() > 0 for name, p in model.named_parameters() if name.endswith(".B"))
+def test_verdicts_follow_from_the_differences():
+    """Paired by seed: the interval is Student's; with the sign swapped what was reproduced is contradicted; fewer than four seeds say nothing."""
+    rng = random.Random(0)
+    for _ in range(50):
+        d = [rng.gauss(0.05, 0.05) for _ in range(4)]
+        got, swapped = claims.verdict(d), claims.verdict([-x for x in d])
+        half = 3.182446 * statistics.stdev(d) / 2
+        assert (got["low"], got["high"]) == (pytest.approx(statistics.mean(d) - half, abs=1e-4), pytest.approx(statistics.mean(d) + half, abs=1e-4))
+        assert got["verdict"] == ("reproduced" if got["low"] > 0 else "contradicted" if got["high"] < 0 else "not reproduced")
+        assert {got["verdict"], swapped["verdict"]} in ({"reproduced", "contradicted"}, {"not reproduced"})
+    assert claims.verdict([0.1, 0.1, 0.1])["verdict"] == "-" and claims.verdict([0.1])["verdict"] == "-"
+
+
+def test_claims_compare_the_runs_that_they_name(tmp_path, capsys):
+    """Every claim names runs, and measures that these have; seeds are paired, and the figures are those of the summaries."""
+    for paper, rows in claims.CLAIMS.items():
+        for _, *sides in rows:
+            assert all(side.rsplit(" ", 2)[0] in claims.RUNS[paper] and side.split()[-2] in ("before", "after") for side in sides)
+    score = lambda facts: {"facts": facts, "sampled_facts": facts, "wording": 1 - facts, "sampled_valid": 1.0}  # noqa: E731
+    results = {name: {seed: {"before": score(0.5), "after": score(0.9 - 0.2 * (name == "rent") + 0.01 * seed)} for seed in range(4)}
+               for name in ("cme", "sequence", "rent")}
+    found = {c["claim"]: c for c in claims.claims_of("cme", results)}
+    assert found["CME beats RENT"]["difference"] == pytest.approx(0.2) and found["CME beats RENT"]["verdict"] == "reproduced"
+    assert found["token-level rewards beat sequence-level ones"]["verdict"] == "not reproduced" and "own" not in str(found)
+    assert found["style does not collapse (share of the top wording does not rise)"]["difference"] == pytest.approx(0.415)
+    claims.report(str(tmp_path), "cme", results)
+    out = capsys.readouterr().out
+    assert "| rent (4) | 0.715 ± 0.006 |" in out and "| CME beats RENT | 0.915 | 0.715 | +0.200 (" in out
+    assert json.loads((tmp_path / "cme.json").read_text())["claims"][0]["verdict"] == "reproduced"
+
+
+def test_average_is_the_public_codes():
+    """Against a loop: the mean of the verifier's tokens that a token meets, whatever the overlap; it conserves nothing."""
+    rng = random.Random(0)
+    for _ in range(100):
+        cuts = [sorted({0, 12, *(rng.randint(1, 11) for _ in range(5))}) for _ in range(2)]
+        source, target = [list(zip(c, c[1:])) for c in cuts]
+        values = [rng.gauss(-2, 1) for _ in source]
+        for got, (a, b) in zip(average.average(values, source, target), target):
+            met = [v for v, (c, d) in zip(values, source) if c < b and a < d]
+            assert got == pytest.approx(sum(met) / len(met))
+    assert average.average([], np.zeros((0, 2)), [[0, 1]]).tolist() == [0] and average.average([-4.0], [[0, 2]], [[0, 1], [1, 2]]).tolist() == [-4, -4]
+
+
+def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
+    """And one that was stopped goes on; what an option names is made first."""
+    asked = []
+    monkeypatch.setattr(claims, "command", lambda folder, *a: asked.append(a))
+    monkeypatch.setattr(claims, "read_json", lambda path: {"path": path})
+    claims.train_run(str(tmp_path), "cme", "half", 3)
+    world, run = asked
+    assert world == ("toy/make.py", "--output", f"{tmp_path}/half", *claims.WORLDS["half"])
+    assert run == ("train.py", "--verifier", f"{tmp_path}/half/verifier", "--seed", "3", "--output_dir", f"{tmp_path}/half-3")
+    (tmp_path / "half-3").mkdir(), (tmp_path / "half-3/config.json").write_text("{}")
+    claims.train_run(str(tmp_path), "cme", "half", 3)
+    assert asked[-1] == ("train.py", "--resume", "--output_dir", f"{tmp_path}/half-3")
+    (tmp_path / "half-3/summary.json").write_text("{}")
+    assert claims.train_run(str(tmp_path), "cme", "half", 3) == {"path": f"{tmp_path}/half-3/summary.json"} and len(asked) == 3
+    claims.train_run(str(tmp_path), "cme", "average", 0)
+    assert asked[-1][0] == "toy/average.py" and "AVERAGE" not in asked[-1]
+    people = [line for line in open(claims.make(str(tmp_path), "SOME", 0), encoding="utf-8")]
+    assert len(people) == 144 and not any(f" {name}" in line for line in people for name in make.NAMES[::2])
+
+
+def test_facts_of_people_and_of_what_a_verifier_knows():
+    """Base scores: near .70, as of all facts; the known half is make.py's."""
+    base = f"{ROOT}/toy/cme/generator"
+    unknown, kept = claims.more_scores("", "half", base)["unknown"], claims.more_scores("", "some_people", base)["kept_out"]
+    assert unknown == pytest.approx(0.698, abs=0.06) and kept == pytest.approx(0.698, abs=0.06)
+
+
+def test_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in ("cme-0", "cme-1", "rent-0", "half-0"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text('{"before": {"facts": 0.5}, "after": {"facts": 0.9}}')
+        rows = [{"step": step, "reward": -step, "kl": 0.1, "held_out": {"facts": 0.5 + step / 10}} for step in range(3)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    claims.pictures(str(tmp_path), str(tmp_path / "pictures"))
+    claims.plot_run(str(tmp_path / "cme-0"))
+    for path in (tmp_path / "pictures/rewards.svg", tmp_path / "pictures/verifiers.svg", tmp_path / "cme-0/metrics.svg"):
+        assert "<svg" in path.read_text()
 
 
 def test_the_weak_judge_is_as_weak_as_asked(tmp_path):

@@ -1,11 +1,14 @@
-"""What the CaT paper says, asked of the toy: every table and ablation of its Sections 4, 6 and 8 that a tiny model can answer.
+"""What both papers claim, asked of the toy: every comparison, table and ablation that a tiny model can answer.
 
-    python toy/claims.py cat                 # about an hour on one core; training runs are in runs/claims, and are not done again
-    python toy/claims.py cat --seeds 2 --few 1
+    python toy/claims.py cat                 # about an hour on one core
+    python toy/claims.py cme                 # an hour and a half on two; runs and worlds are in runs/claims, and are not made again
+    python toy/claims.py cme --quick         # one seed, the main rows, no verdicts
+    python toy/claims.py --plot              # the pictures of toy/pictures, from the runs that there are (pip install matplotlib)
+    python toy/claims.py --plot runs/NAME    # the metrics of one run
 
-Inference: 64 held-out prompts of each kind, G = 8, answers drawn `--repeats` times; standard errors over the prompts' means. Training: `train.py`
-with its defaults and the options named, one run per seed; standard errors over seeds, differences paired by seed, with 95% t-intervals. RL reports
-its last step; SFT the best of its evaluations on the very prompts it is scored by, which favours it.
+Training: `train.py` with its defaults and the options named, one run per seed; the last step counts, never the best. A claim is that one run's
+score is above another's: the differences, paired by seed, have a mean and a 95% t-interval; above 0 it is reproduced, below contradicted,
+otherwise not reproduced. CaT's inference: 64 held-out prompts of each kind, G = 8, answers drawn `--repeats` times; standard errors over prompts.
 """
 import argparse
 import json
@@ -14,27 +17,73 @@ import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts, one folder up
 import cat  # noqa: E402
-import grpo  # noqa: E402
-from evaluate import fact_right, held_out  # noqa: E402
-from plumbing.files import append_line, read_lines, write_lines  # noqa: E402
+from evaluate import fact_right  # noqa: E402
+from plumbing import TOY, models, one_clear_line  # noqa: E402
+from plumbing.files import read_json, read_lines, write_atomically  # noqa: E402
 from plumbing.prompts import read_prompts  # noqa: E402
-from plumbing import TOY, models
 
+ROOT = os.path.dirname(TOY)
 MODEL = os.path.join(TOY, "cat", "model")
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # Student's t by degrees of freedom
-RUNS = {  # name: options of train.py
-    "cat": [], "cat-match": ["--reward", "cat-match"], "cat-answer": ["--reward", "cat-answer"],
-    "cat-answer, majority": ["--reward", "cat-answer", "--estimator", "majority"]}
-ABLATIONS = {  # with fewer seeds
-    "rubric-given": ["--reward", "rubric-given"], "cat, min-perplexity": ["--estimator", "min-perplexity"],
-    "cat-answer, min-perplexity": ["--reward", "cat-answer", "--estimator", "min-perplexity"],
-    "cat, rubric from the question": ["--rubric_from", "question"], "cat, weak judge": ["--judge", "WEAK"],
-    "cat, question in synthesis": ["--question_in_synthesis"]}
+WORLDS = {  # name: options of toy/make.py, which makes them on first use
+    "half": ["--parts", "verifier", "--knows", "0.5"], "cut": ["--parts", "generator", "--fragment"],
+    "most": ["--parts", "verifier", "--knows", "0.8"], "own": ["--parts", "own"], "watch": ["--parts", "verifier", "--seed", "1"]}
+CUT = ["--generator", "WORLD/cut/generator", "--verifier", "WORLD/half/verifier", "--max_new_tokens", "72"]
+SFT = ["--reward", "cat-sft", "--prompts", "REFERENCES", "--steps", "60", "--keep", "best"]
+RUNS = {  # paper: {run: options of train.py}; AVERAGE: with the average that the method's public code takes
+    "cme": {
+        "cme": [], "sequence": ["--reward", "cme-sequence"], "rent": ["--reward", "rent"], "random": ["--verifier", f"random:{TOY}/cme/verifier"],
+        "itself": ["--verifier", f"{TOY}/cme/generator"], "half": ["--verifier", "WORLD/half/verifier"], "most": ["--verifier", "WORLD/most/verifier"],
+        "own": ["--verifier", "WORLD/own/own"], "no_scale": ["--no_scale"], "min_std_0": ["--min_std", "0"], "beta_0": ["--beta", "0"],
+        "reverse-kl": ["--reward", "reverse-kl"], "average": ["AVERAGE"], "word": ["--credit", "word"], "cut": CUT, "cut_word": [*CUT, "--credit", "word"],
+        "some_people": ["--prompts", "SOME"]},
+    "cat": {
+        "cat": ["--reward", "cat"], "cat-match": ["--reward", "cat-match"], "cat-answer": ["--reward", "cat-answer"],
+        "cat-answer, majority": ["--reward", "cat-answer", "--estimator", "majority"], "SFT": [*SFT, "--lr", "5e-4"],
+        "SFT, LoRA": [*SFT, "--lr", "3e-3", "--lora_rank", "8"], "rubric-given": ["--reward", "rubric-given"],
+        "cat, min-perplexity": ["--reward", "cat", "--estimator", "min-perplexity"],
+        "cat-answer, min-perplexity": ["--reward", "cat-answer", "--estimator", "min-perplexity"],
+        "cat, rubric from the question": ["--reward", "cat", "--rubric_from", "question"], "cat, weak judge": ["--reward", "cat", "--judge", "WEAK"],
+        "cat, question in synthesis": ["--reward", "cat", "--question_in_synthesis"]}}
+FEW = [*list(RUNS["cat"])[6:]]  # of these --few seeds do
+QUICK = ["cme", "sequence", "rent", "random"]
+CLAIMS = {  # paper: (what is claimed, run A, when, measure; run B, when, measure): A is above B
+    "cme": [
+        ("CME improves the untrained model", "cme after facts", "cme before facts"),
+        ("token-level rewards beat sequence-level ones", "cme after facts", "sequence after facts"),
+        ("CME beats RENT", "cme after facts", "rent after facts"),
+        ("CME beats its own generator as the verifier", "cme after facts", "itself after facts"),
+        ("another family beats the generator's own, if both know all", "cme after facts", "own after facts"),
+        ("a verifier that knows half beats random weights", "half after facts", "random after facts"),
+        ("one that knows 80% beats one that knows half", "most after facts", "half after facts"),
+        ("one that knows all beats one that knows 80%", "cme after facts", "most after facts"),
+        ("dividing by the deviation helps", "cme after facts", "no_scale after facts"),
+        ("the KL to the initial policy helps", "cme after facts", "beta_0 after facts"),
+        ("CME beats on-policy reverse KL", "cme after facts", "reverse-kl after facts"),
+        ("conserving beats averaging (the public code's)", "cme after facts", "average after facts"),
+        ("flattening what rounding made (min_std .06 over 0) helps", "cme after facts", "min_std_0 after facts"),
+        ("ours: word credit beats the paper's where words are cut", "cut_word after facts", "cut after facts"),
+        ("people kept out of RL gain too", "some_people after kept_out", "some_people before kept_out"),
+        ("facts that the verifier does not know are not lost", "half after unknown", "half before unknown"),
+        ("style does not collapse (share of the top wording does not rise)", "cme before wording", "cme after wording"),
+        ("sampled answers stay well-formed", "cme after sampled_valid", "cme before sampled_valid")],
+    "cat": [
+        ("CaT improves the untrained model", "cat after sampled_facts", "cat before sampled_facts"),
+        ("a rubric beats one overall verdict", "cat after sampled_facts", "cat-match after sampled_facts"),
+        ("RL beats SFT on references made once", "cat after sampled_facts", "SFT after sampled_facts"),
+        ("RL beats SFT with LoRA", "cat after sampled_facts", "SFT, LoRA after sampled_facts"),
+        ("synthesis beats min-perplexity as the estimator", "cat after sampled_facts", "cat, min-perplexity after sampled_facts"),
+        ("a rubric from the reference beats one from the question", "cat after sampled_facts", "cat, rubric from the question after sampled_facts"),
+        ("CaT's answers improve the untrained model", "cat-answer after sampled_accuracy", "cat-answer before sampled_accuracy"),
+        ("synthesis beats majority voting", "cat-answer after sampled_accuracy", "cat-answer, majority after sampled_accuracy")]}
 
 
 # ---------------------------------------------------------------- statistics
@@ -152,108 +201,117 @@ def weak_judge(folder: str, aim: float = 0.73) -> str:
     return path
 
 
-def train_run(folder: str, name: str, seed: int) -> dict:
+def make(folder: str, what: str, seed: int) -> str:
+    """The path of what an option names: a world of WORLDS, the weak judge, references for CaT-SFT, prompts about half of the people."""
+    if what.startswith("WORLD/"):
+        _, world, part = what.split("/")
+        if not os.path.exists(f"{folder}/{world}/{part}/config.json"):
+            command(folder, "toy/make.py", "--output", f"{folder}/{world}", *WORLDS[world])
+        return f"{folder}/{world}/{part}"
+    if what == "WEAK":
+        return weak_judge(folder)
+    if what == "REFERENCES":
+        path = f"{folder}/references-{seed}"
+        command(folder, "evaluate.py", "--models", f"s=synthesis:{MODEL}", "--prompts", f"{TOY}/cat/prompts.jsonl", "--temperature", "1",
+                "--max_new_tokens", "48", "--seed", str(seed), "--output_dir", path)
+        return f"{path}/models/s/outputs.json"
+    if what == "SOME":
+        with open(f"{TOY}/cme/prompts.jsonl", encoding="utf-8") as f:
+            write_atomically(f"{folder}/some.jsonl", "".join(line for i, line in enumerate(f) if i % 2))  # every phrasing, every second name
+        return f"{folder}/some.jsonl"
+    return what
+
+
+def command(folder: str, script: str, *options):
+    """Runs a script of this repository on one thread; what it prints goes to FOLDER/log."""
+    with open(f"{folder}/log", "a", encoding="utf-8") as log:
+        subprocess.run([sys.executable, os.path.join(ROOT, script), *options], stdout=log, stderr=log, check=True,
+                       env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"})
+
+
+def train_run(folder: str, paper: str, name: str, seed: int) -> dict:
     """One run of train.py -> its summary. A run that was stopped continues, one that had finished is read."""
-    path = os.path.join(folder, f"{name.replace(', ', '-').replace(' ', '_')}-{seed}")
-    summary = os.path.join(path, "summary.json")
-    if not os.path.exists(summary):
-        options = ["--resume"] if os.path.exists(os.path.join(path, "config.json")) else \
-            ["--reward", "cat", *(RUNS | ABLATIONS)[name], "--seed", str(seed)]
-        options = [weak_judge(folder) if o == "WEAK" else o for o in options]
-        script = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "train.py")
-        with open(os.path.join(folder, "log"), "a", encoding="utf-8") as log:
-            subprocess.run([sys.executable, script, *options, "--output_dir", path], stdout=log, stderr=log, check=True)
-    with open(summary, encoding="utf-8") as f:
-        return json.load(f)
+    path = f"{folder}/{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+    if not os.path.exists(f"{path}/summary.json"):
+        options = ["--resume"] if os.path.exists(f"{path}/config.json") else [*RUNS[paper][name], "--seed", str(seed)]
+        options = [make(folder, o, seed) for o in options if o != "AVERAGE"] + ["--output_dir", path]
+        command(folder, "toy/average.py" if name == "average" else "train.py", *options)
+    return read_json(f"{path}/summary.json")
 
 
-class LoRA(torch.nn.Module):
-    """W x + B A x with W frozen (Hu et al., 2022): A [rank, in] random, B [out, rank] zero, so that training starts at W."""
-
-    def __init__(self, linear, rank: int):
-        super().__init__()
-        self.linear = linear
-        self.A = torch.nn.Parameter(torch.randn(rank, linear.in_features) / math.sqrt(linear.in_features))
-        self.B = torch.nn.Parameter(torch.zeros(linear.out_features, rank))
-
-    def forward(self, x):
-        return self.linear(x) + x @ self.A.T @ self.B.T
-
-
-def add_lora(model, rank: int = 32):
-    model.requires_grad_(False)
-    for module in list(model.base_model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, torch.nn.Linear):
-                setattr(module, name, LoRA(child, rank))
+def training(folder: str, paper: str, names: list, seeds: int, few: int) -> dict:
+    """Every run for every seed, two at a time -> {run: {seed: summary}}. Ctrl-C leaves the rest for another time."""
+    for world in WORLDS if set(names) & {"half", "most", "own", "cut"} else ():  # before the pool: two must not make the same
+        make(folder, f"WORLD/{world}/{'generator' if world == 'cut' else 'own' if world == 'own' else 'verifier'}", 0)
+    jobs = [(name, seed) for name in names for seed in range(few if name in FEW else seeds)]
+    with ThreadPoolExecutor(2) as pool:
+        done = list(tqdm(pool.map(lambda job: train_run(folder, paper, *job), jobs), total=len(jobs), desc=paper))
+    results = {name: {} for name in names}
+    for (name, seed), summary in zip(jobs, done):
+        results[name][seed] = summary
+        if name in ("some_people", "half"):
+            summary["before"] |= more_scores(folder, name, f"{TOY}/cme/generator")
+            summary["after"] |= more_scores(folder, name, summary["model"])
+    return results
 
 
-def sft(seed: int, lora: bool, steps: int = 180, batch: int = 32, lr: float = 5e-4) -> dict:
-    """CaT-SFT: cross-entropy on references that the initial policy made once, stopped early on the held-out facts -> scores before and after."""
-    policy, tokenizer = models.load("toy", MODEL, "cpu", train=True)
-    anchor = models.LocalModel(*models.load("toy", MODEL, "cpu"))
-    prompts = [r["prompt"] for r in read_prompts(os.path.join(TOY, "cat", "prompts.jsonl"))]
-    rows = read_prompts(os.path.join(TOY, "cat", "eval.jsonl"))
-    references = cat.synthesize(prompts, anchor.complete(prompts, n=8, max_new_tokens=48), anchor, max_new_tokens=48)
-    stop, rng = models.end_of_turn(tokenizer), random.Random(seed)
-    torch.manual_seed(seed)
-    if lora:
-        add_lora(policy)
-    optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
-
-    def scores():
-        return held_out(models.LocalModel(policy, tokenizer), rows, max_new_tokens=48)
-    before = best = scores()
-    for step in range(steps):
-        chosen = rng.sample(range(len(prompts)), batch)
-        y = [tokenizer(references[i], add_special_tokens=False).input_ids + [stop] for i in chosen]
-        lengths = torch.tensor([len(row) for row in y])
-        ids = torch.tensor([row + [0] * (int(lengths.max()) - len(row)) for row in y])
-        loss = -grpo.token_logprobs(policy, [models.chat_ids(tokenizer, prompts[i]) for i in chosen], ids, lengths).sum() / lengths.sum()
-        for group in optimizer.param_groups:
-            group["lr"] = lr * min(1, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if (step + 1) % 20 == 0:
-            best = max(best, scores(), key=lambda s: s["facts"])
-    return {"before": before, "after": best}
+def more_scores(folder: str, name: str, path: str) -> dict:
+    """Greedy facts about people that RL did not ask about, or facts that the verifier does not know."""
+    from toy.make import NAMES, VALUES
+    known = set(random.Random(2).sample([(n, a) for n in NAMES for a in VALUES], len(NAMES) * len(VALUES) // 2))
+    rows = read_prompts(f"{TOY}/cme/eval.jsonl")
+    who = [next(n for n in NAMES if n in row["prompt"]) for row in rows]
+    if name == "some_people":
+        rows = [row for row, n in zip(rows, who) if NAMES.index(n) % 2 == 0]  # "SOME" asks about the others
+    else:
+        rows = [row | {"facts": [f for f, a in zip(row["facts"], VALUES) if (n, a) not in known]} for row, n in zip(rows, who)]
+    model = models.LocalModel(*models.load("claims", path, "cpu"))
+    texts = [text for [text] in model.complete([row["prompt"] for row in rows], max_new_tokens=48, temperature=0.0)]
+    right = [fact_right(text, fact) for text, row in zip(texts, rows) for fact in row["facts"]]
+    return {"kept_out" if name == "some_people" else "unknown": sum(right) / len(right)}
 
 
-def training(folder: str, seeds: int, few: int) -> dict:
-    """Every run for every seed, one line in results.jsonl each -> {name: {seed: result}}. Ctrl-C leaves the rest for another time."""
-    path = os.path.join(folder, "results.jsonl")
-    done = {(r["name"], r["seed"]): r for r in read_lines(path)}
-    write_lines(path, done.values())  # without half a line, if it was killed
-    jobs = {name: lambda s, n=name: train_run(folder, n, s) for name in RUNS}
-    jobs |= {"SFT": lambda s: sft(s, lora=False), "SFT, LoRA": lambda s: sft(s, lora=True)}
-    jobs |= {name: lambda s, n=name: train_run(folder, n, s) for name in ABLATIONS}
-    try:
-        for name, seed in [(name, seed) for name in jobs for seed in range(few if name in ABLATIONS else seeds)]:
-            if (name, seed) not in done:
-                print(f"... {name}, seed {seed}", file=sys.stderr, flush=True)
-                result = jobs[name](seed)
-                done[name, seed] = {"name": name, "seed": seed, **{k: result[k] for k in ("before", "after", "model", "seconds") if k in result}}
-                append_line(path, done[name, seed])
-    except KeyboardInterrupt:
-        print("stopped: what was done so far; the same command continues", file=sys.stderr)
-    return {name: {seed: done[name, seed] for seed in range(seeds) if (name, seed) in done} for name in jobs if (name, 0) in done}
+# ---------------------------------------------------------------- the report
+
+def verdict(differences: list) -> dict:
+    """Differences paired by seed -> mean, 95% t-interval, and what follows: [.1, .2, .1, .2] is above 0 for certain."""
+    mean, se = mean_se(differences)
+    half = T95.get(len(differences) - 1, 1.96) * se if len(differences) > 1 else math.nan
+    said = "reproduced" if mean - half > 0 else "contradicted" if mean + half < 0 else "not reproduced"
+    return {"seeds": len(differences), "difference": mean, "low": mean - half, "high": mean + half, "verdict": said if len(differences) > 3 else "-"}
 
 
-def report(results: dict, repeats: int):
-    for key, first in (("facts", "cat"), ("accuracy", "cat-answer")):
-        columns = [f"sampled_{key}", key, f"{key}_hazy", f"{key}_wrong"]
-        names = [n for n, runs in results.items() if key in runs[0]["after"]]
-        if first not in names:
-            continue
-        print(f"\n{'Training (seeds)':<34}" + "  ".join(f"{c:>16}" for c in columns) + f"   {first} minus this, sampled: mean, 95%")
-        print(f"{'before':<34}" + "  ".join(f"{results[first][0]['before'][c]:>16.3f}" for c in columns))
-        for name in sorted(names, key=lambda n: n != first):
-            both = [seed for seed in results[name] if seed in results[first]]
-            mean, se = mean_se([results[first][s]["after"][columns[0]] - results[name][s]["after"][columns[0]] for s in both])
-            half = T95.get(len(both) - 1, 1.96) * se
-            print(f"{name + f' ({len(results[name])})':<34}" + "  ".join(f"{shown([r['after'][c] for r in results[name].values()]):>16}" for c in columns)
-                  + (f"   {mean:+.3f} [{mean - half:+.3f}, {mean + half:+.3f}]" if name != first and len(both) > 1 else ""))
+def claims_of(paper: str, results: dict) -> list:
+    """CLAIMS, each with its measured figures."""
+    rows = []
+    for claim, *sides in CLAIMS[paper]:
+        (a, when_a, m_a), (b, when_b, m_b) = (side.rsplit(" ", 2) for side in sides)
+        if {a, b} <= set(results):
+            both = [s for s in results[a] if s in results[b]]
+            values = [(results[a][s][when_a][m_a], results[b][s][when_b][m_b]) for s in both]
+            rows.append({"claim": claim, "A": mean_se([x for x, _ in values])[0], "B": mean_se([y for _, y in values])[0],
+                         **verdict([x - y for x, y in values])})
+    return rows
+
+
+def report(folder: str, paper: str, results: dict):
+    """The runs' scores, the claims; on the screen as Markdown, and in PAPER.json."""
+    for key in ("facts", "accuracy"):
+        columns = [key, f"{key}_wrong", f"sampled_{key}", "sampled_valid", "wording", "tokens"]
+        runs = {name: [r["after"] for r in of.values()] for name, of in results.items() if of and key in of[0]["after"]}
+        if runs:
+            print(f"\n| run (seeds) | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
+            for name, of in {"before": [results[next(iter(runs))][0]["before"]], **runs}.items():
+                print(f"| {name} ({len(of)}) | {' | '.join(shown([r.get(c, math.nan) for r in of]) for c in columns)} |")
+    claims = claims_of(paper, results)
+    print("\n| claim | A | B | A - B, paired by seed (95%) | seeds | verdict |\n|---|---|---|---|---|---|")
+    for c in claims:
+        print(f"| {c['claim']} | {c['A']:.3f} | {c['B']:.3f} | {c['difference']:+.3f} ({c['low']:+.3f} to {c['high']:+.3f}) | {c['seeds']} | {c['verdict']} |")
+    write_atomically(f"{folder}/{paper}.json", json.dumps({"claims": claims, "runs": results}, indent=1))
+
+
+def figure_6(results: dict, repeats: int):
+    """CaT's Figure 6: the trained policy against synthesis from the initial one."""
     print("\nOne answer of the trained policy against synthesis from the initial one (nine times the compute), and synthesis on top of it (Figure 6)")
     for kind, file, name in (("facts", "eval.jsonl", "cat"), ("numbers", "numbers_eval.jsonl", "cat-answer")):
         for who, paths in {"initial": [MODEL], "trained": [r["model"] for r in results.get(name, {}).values()]}.items():
@@ -263,19 +321,93 @@ def report(results: dict, repeats: int):
                     print(f"{kind:>8}, {who} policy, {how:<10} {shown(per_prompt(drawn, lambda d, k=how: mean_se(right_facts(d['row'], d[k]))[0]))}")
 
 
+# ---------------------------------------------------------------- pictures
+
+def pyplot():
+    import matplotlib
+    matplotlib.use("svg")
+    matplotlib.rcParams |= {"svg.hashsalt": "claims", "svg.fonttype": "none", "axes.spines.top": False, "axes.spines.right": False}
+    from matplotlib import pyplot as plt
+    return plt
+
+
+def curve(path: str, measure: str) -> tuple:
+    """Steps and held-out scores of one run."""
+    rows = [row for row in read_lines(f"{path}/metrics.jsonl") if measure in row.get("held_out", {})]
+    return [row["step"] for row in rows], [row["held_out"][measure] for row in rows]
+
+
+def plot_run(path: str):
+    """PATH/metrics.svg: what a run's metrics.jsonl says, step by step."""
+    plt, rows = pyplot(), read_lines(f"{path}/metrics.jsonl")[1:]
+    names = [name for name in ("reward", "kl", "entropy", "length", "truncated", "missing") if any(row.get(name) for row in rows)]
+    held = [name for name in ("facts", "accuracy", "rubric", "sampled_facts", "sampled_accuracy", "wording") if curve(path, name)[0]]
+    figure, axes = plt.subplots(1, len(names) + 1, figsize=(3 * len(names) + 3, 2.6), layout="constrained")
+    for axis, name in zip(axes, names):
+        axis.plot([row["step"] for row in rows], [row[name] for row in rows], linewidth=1)
+        axis.set(title=name, xlabel="step")
+    for name in held:
+        axes[-1].plot(*curve(path, name), label=name)
+    axes[-1].set(title="held out", xlabel="step", ylim=(0, 1.02))
+    axes[-1].legend(frameon=False, fontsize=7)
+    figure.savefig(f"{path}/metrics.svg", metadata={"Date": None})
+
+
+def pictures(folder: str, output: str):
+    """toy/pictures: learning curves by reward, scores by verifier; over the seeds that there are."""
+    plt = pyplot()
+    os.makedirs(output, exist_ok=True)
+
+    def runs(name):
+        return [f"{folder}/{name}-{s}" for s in range(8) if os.path.exists(f"{folder}/{name}-{s}/summary.json")]
+    figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+    for name, label in {"cme": "CME, per token", "sequence": "CME, per response", "itself": "the generator as its own verifier",
+                        "reverse-kl": "reverse KL", "random": "verifier with random weights", "rent": "RENT (own entropy)"}.items():
+        curves = [curve(path, "facts") for path in runs(name)]
+        if curves:
+            steps, values = curves[0][0], np.array([scores for _, scores in curves])
+            axis.plot(steps, values.mean(0), label=f"{label} ({len(curves)} seeds)")
+            axis.fill_between(steps, values.min(0), values.max(0), alpha=0.2, linewidth=0)
+    axis.set(xlabel="step", ylabel="facts right, greedy, held-out phrasings", ylim=(0, 1.02))
+    axis.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.12))
+    figure.savefig(f"{output}/rewards.svg", metadata={"Date": None})
+    figure, axis = plt.subplots(figsize=(6.4, 3.0), layout="constrained")
+    labels = {"random": "random\nweights", "half": "knows\n50%", "most": "knows\n80%", "cme": "knows\n100%", "own": "knows 100%,\ngenerator's family",
+              "itself": "the generator\nitself"}
+    for x, name in enumerate(labels):
+        scores = [read_json(f"{path}/summary.json") for path in runs(name)]
+        axis.bar(x, np.mean([s["after"]["facts"] for s in scores]) if scores else 0, color="C0", alpha=0.5, width=0.6)
+        axis.plot([x] * len(scores), [s["after"]["facts"] for s in scores], "k.", markersize=4)
+    axis.axhline(read_json(f"{runs('cme')[0]}/summary.json")["before"]["facts"], color="grey", linestyle=":", label="before")
+    axis.set(xticks=range(len(labels)), ylabel="facts right, greedy", ylim=(0, 1.02))
+    axis.set_xticklabels(labels.values(), fontsize=8)
+    axis.legend(frameon=False, fontsize=8)
+    figure.savefig(f"{output}/verifiers.svg", metadata={"Date": None})
+    print(f"{output}/rewards.svg, {output}/verifiers.svg")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("paper", choices=["cat"], help="whose claims")
-    parser.add_argument("--seeds", type=int, default=4, help="runs of each kind of training")
-    parser.add_argument("--few", type=int, default=2, help="the same, of each ablation")
-    parser.add_argument("--repeats", type=int, default=5, help="draws of 8 answers to each held-out prompt")
+    parser.add_argument("paper", nargs="?", default="cme", choices=["cat", "cme"], help="whose claims")
+    for name, default, what in (("--seeds", 4, "runs of each kind of training"), ("--few", 2, "the same, of CaT's ablations"),
+                                ("--repeats", 5, "draws of 8 answers to each held-out prompt")):
+        parser.add_argument(name, type=int, default=default, help=what)
+    parser.add_argument("--quick", action="store_true", help="one seed of CME's main rows, without verdicts")
+    parser.add_argument("--plot", nargs="?", const="", help="pictures of the runs in --output, or of the run named")
     parser.add_argument("--output", default="runs/claims", help="folder for runs and results")
     args = parser.parse_args()
     torch.set_num_threads(1)
     os.makedirs(args.output, exist_ok=True)
-    inference(args.repeats)
-    report(training(args.output, args.seeds, args.few), args.repeats)
+    if args.plot is not None:
+        return plot_run(args.plot) if args.plot else pictures(args.output, os.path.join(TOY, "pictures"))
+    if args.paper == "cat":
+        inference(args.repeats)
+    names = QUICK if args.quick else list(RUNS[args.paper])
+    results = training(args.output, args.paper, names, 1 if args.quick else args.seeds, args.few)
+    report(args.output, args.paper, results)
+    if args.paper == "cat":
+        figure_6(results, args.repeats)
 
 
 if __name__ == "__main__":
-    main()
+    one_clear_line(main, "toy/claims.py")

@@ -292,12 +292,13 @@ def rubric_rewards(verdicts: list, points=None) -> torch.Tensor:
 
 def judge_skill(references: list, rubrics: list, model) -> float:
     """How well a judge reads, without labels: a reference's own criteria are true of it, those of
-    the next, unless its own too, false -> the share that it finds so; NaN of none.  A coin: .5."""
+    the next, unless its own too, false -> the share that it finds so; NaN of one.  A coin: .5."""
     rows = [(s, rubric) for s, rubric in zip(references, rubrics) if s and rubric]
     both = [(s, c, c in own) for (s, own), (_, others) in zip(rows, rows[1:] + rows[:1])
             for c in dict.fromkeys(own + others)]
-    said = decide([judge_prompt(s, c) for s, c, _ in both], model)
-    return sum(v is true for v, (_, _, true) in zip(said, both)) / len(both) if both else math.nan
+    said = zip(decide([judge_prompt(s, c) for s, c, _ in both], model), both)
+    right = [verdict is true for verdict, (_, _, true) in said]
+    return sum(right) / len(right) if rows[1:] else math.nan
 
 
 def show(question: str, rollouts: list, rewards, *, reference=None, rubric=(), verdicts=()) -> str:
@@ -327,11 +328,11 @@ def main():
     model = text_model("--model", o.model, key=key)
     judge = text_model("--judge", o.judge, key=key) if o.judge else model
     settings = {"max_new_tokens": o.max_new_tokens, "seed": o.seed}
+    if not hasattr(model, "logprob") and o.estimator in ("min-perplexity", "mutual-predictability"):
+        raise ValueError(f"--estimator {o.estimator} needs a local model's log-probabilities")
     rollouts = model.complete([o.prompt], n=o.group_size, **settings)
     if None in rollouts[0]:
         raise ValueError(f"no answer from {o.model}: {model.last_error or 'too long'}")
-    if not hasattr(model, "logprob") and o.estimator in ("min-perplexity", "mutual-predictability"):
-        raise ValueError(f"--estimator {o.estimator} needs a local model's log-probabilities")
     references = estimators(model, style=o.style, **settings)[o.estimator]([o.prompt], rollouts)
     if o.style == "stepwise":
         rewards, rubrics, verdicts = answer_rewards(rollouts, references), [()], [()]

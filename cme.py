@@ -25,12 +25,11 @@ def aligned_rewards(values, source, text, target, credit: str = "token"):
     values [N]: log p_V of the verifier's tokens, nats; source [N, 2]: their spans in characters of
     `text`; target [T, 2]: those of the generator's tokens.  The mask is False, and the reward 0,
     for tokens that show nothing (whitespace, special) or meet no verifier token; without it, and
-    with credit "token", the rewards sum to sum(values).
-    credit: "token" (the paper's) or "word" (`word_credit`).
+    with credit "token" (the paper's), the rewards sum to sum(values); "word": see `word_credit`.
     un|happiness, verifier unhappi|ness with -7 and -2 -> rewards -2 and -7."""
     rewards, mask = align(values, source, target), visible(text, target)
     if credit == "word":
-        rewards, mask = word_credit(rewards, text, target)
+        rewards, mask = word_credit(rewards, text, np.asarray(target))
     width = np.diff(np.reshape(source, (-1, 2)))[:, 0]  # of the verifier's tokens
     mask = mask & (align(width, source, target) > 1e-9)  # some have no token for a U+200B
     return np.where(mask, rewards, 0.0), mask

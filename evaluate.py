@@ -51,16 +51,16 @@ class Options:
     batch_tokens: int = option(0, "tokens of a batch, prompts included; 0: what suits the device")
     judge: list[str] = option([], "NAME=MODEL@URL ... (its key in NAME_API_KEY), or NAME=MODEL")
     judge_tokens: int = option(1024, "longest reply of a judge, its thoughts included")
-    output_dir: str = option("", "the folder; empty: inside the newest run of train.py")
+    output_dir: str = option("", "needed with --models; else inside the newest run of train.py")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
 
 
 def run_of(path: str) -> tuple:
     """A run of train.py -> the model that it has made so far, its options; else the path, {}."""
     estimator, folder = ESTIMATOR.fullmatch(path).groups("")
-    config, best = read_json(f"{folder}/config.json"), read_json(f"{folder}/summary.json")
-    best = best.get("model", "").rpartition("/")[2]  # the last one's name, or the best one's
-    made = sorted(checkpoints(folder), key=lambda path: path.endswith(best))
+    config, summary = read_json(f"{folder}/config.json"), read_json(f"{folder}/summary.json")
+    best = summary.get("model", "").rpartition("/")[2]  # the last one's name, or the best one's
+    made = sorted(checkpoints(folder), key=lambda checkpoint: checkpoint.endswith(best))
     return (estimator + made[-1], config) if made and "reward" in config else (path, {})
 
 
@@ -72,11 +72,10 @@ def read_options(respond: bool) -> Options:
     if not (o.models or o.output_dir):
         run = newest("*/summary.json")
         made, config = run_of(run)
-        parser.set_defaults(
-            models=[f"base={config['generator']}", f"trained={run}"],
-            output_dir=f"{run}/evaluation-{made[-6:]}", prompts=config["eval_prompts"],
-            max_new_tokens=config["max_new_tokens"])
-        [o] = parser.parse_args_into_dataclasses()
+        o.output_dir = f"{run}/evaluation-{made[-6:]}"
+        parser.set_defaults(models=[f"base={config['generator']}", f"trained={run}"],
+                            prompts=config["eval_prompts"], output_dir=o.output_dir,
+                            max_new_tokens=config["max_new_tokens"])
     saved = read_json(f"{o.output_dir}/evaluation.json")
     answered = saved.pop("models", {})
     parser.set_defaults(**saved)
@@ -90,7 +89,7 @@ def read_options(respond: bool) -> Options:
             raise ValueError(f"{o.output_dir} holds answers with {name} {value}; for others give "
                              "another --output_dir")
     if not (o.prompts and o.models and o.output_dir and (respond or answered)):
-        raise ValueError("no responses yet: respond first, with --models, --prompts, --output_dir")
+        raise ValueError("needs --models, --prompts, --output_dir, or a folder with responses")
     return o
 
 
@@ -123,24 +122,24 @@ def measures(row: dict, text: str, stopped, tokens) -> dict:
         right["accuracy"] = right[f"accuracy_{row['kind']}"] = [same]
     if row["pattern"]:
         right["valid"] = [stopped is not False and bool(re.fullmatch(row["pattern"], text))]
-    found = {name: sum(v) / len(v) for name, v in right.items() if not name.endswith("_None")}
+    found = {name: sum(v) / len(v) for name, v in right.items() if name[-5:] != "_None"}  # no kind
     return found | {"stopped": stopped, "tokens": tokens, "characters": len(text)}
 
 
 def values_of(rows: list, replies: list) -> dict:
     """{measure: [n], NaN = missing} of n `Reply`s to the rows' prompts."""
-    found = [{} if r[0] is None else measures(row, *r) for row, r in zip(rows, replies)]
+    found = [{"missing": 1} if r[0] is None else measures(row, *r) for row, r in zip(rows, replies)]
     names = dict.fromkeys(name for of in found for name in of)
     values = {name: np.array([of.get(name) for of in found], float) for name in names}
     return {name: v for name, v in values.items() if not np.isnan(v).all()}
 
 
-def held_out(model, rows: list, *, max_new_tokens: int, seed: int = 0, judge=None) -> dict:
-    """Means of a text model's `values_of`, greedy, and of some at T = 1 (`sampled_`); the share of
-    the most frequent wording; HealthBench's `rubric` where there are no facts and answers."""
+def held_out(model, rows: list, *, max_new_tokens: int, judge=None) -> dict:
+    """Means of a text model's `values_of`, greedy, and of some at T = 1 with its top-k and top-p
+    (`sampled_`); the share of the top wording; `rubric` where there are no facts and answers."""
     result, prompts = {}, [row["prompt"] for row in rows]
-    for prefix, T in (("sampled_", 1.0), ("", 0.0)):
-        replies = model.replies(prompts, max_new_tokens=max_new_tokens, temperature=T, seed=seed)
+    for prefix, T in (("sampled_", 1.0), ("", 0.0)):  # greedy last: its replies are used below
+        replies = model.replies(prompts, max_new_tokens=max_new_tokens, temperature=T)
         replies = [reply for [reply] in replies]
         means = {name: float(np.nanmean(v)) for name, v in values_of(rows, replies).items()}
         result = {prefix + m: v for m, v in means.items() if not prefix or m in SAMPLED} | result
@@ -280,8 +279,8 @@ def answers(model, estimator: str, rows: list, o: Options, seed: int) -> list:
                               seed=seed, **settings)
     had = [i for i, group in enumerate(rollouts) if None not in group]
     settings["style"] = "freeform" if rows[0]["answer"] is None else "stepwise"
-    made = cat.estimators(model, temperature=o.temperature, seed=seed + 1, **settings)
-    texts = made[estimator]([prompts[i] for i in had], [rollouts[i] for i in had])
+    known = cat.estimators(model, temperature=o.temperature, seed=seed + 1, **settings)
+    texts = known[estimator]([prompts[i] for i in had], [rollouts[i] for i in had])
     found = {i: Reply(text or "") for i, text in zip(had, texts)}  # none is a wrong answer
     return [found.get(i, Reply()) for i in range(len(rows))]
 

@@ -66,8 +66,8 @@ def sample(model, prompt_ids: list, group_size: int, *, max_new_tokens: int, sto
     A response ends with the first of `stop_ids`, which belongs to it and to its length, or at
     `max_new_tokens`; behind it `ids` is 0.  settings: `draw`'s.  A batch, of one group at least,
     has at most `batch_tokens` in its cache.  ValueError: an empty prompt."""
-    if not prompt_ids or not all(prompt_ids):
-        raise ValueError("sample needs at least one prompt, and at least one token in each")
+    if not prompt_ids or not all(prompt_ids) or min(group_size, max_new_tokens) < 1:
+        raise ValueError("sample needs prompts, tokens in each, group_size and max_new_tokens > 0")
     longest = max(map(len, prompt_ids)) + max_new_tokens
     size = max(1, batch_tokens // (group_size * longest))  # prompts in a batch
     parts = [prompt_ids[i : i + size] for i in range(0, len(prompt_ids), size)]

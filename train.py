@@ -118,7 +118,7 @@ def autocast(device):
 
 def rollout(run, rows: list, step: int):
     """y ~ pi_old -> the prompts' ids (B lists), ids [B, T], lengths [B].  Seeded by the step: a
-    resumed run needs no random state.  CaT-SFT: the only response is the reference."""
+    resumed run needs no random state.  CaT-SFT: the only response is the whole `output`."""
     o, tokenizer = run.options, run.tokenizer
     prompt_ids = [chat_ids(tokenizer, row["prompt"]) for row in rows]
     if o.reward == "cat-sft":
@@ -233,11 +233,11 @@ def scores_of(run) -> dict:
         return held_out(run.actor, run.eval_rows, **settings) if run.eval_rows else {}
 
 
-def check_judge(run, rewards, told: dict) -> dict:
-    """In the first step: how often the judge is right.  ValueError: there is no reward at all."""
+def check_start(run, rewards, told: dict) -> dict:
+    """The first step: how often is the judge right?  ValueError: there is no reward at all."""
     if rewards.isnan().all():
-        raise ValueError("no reward in the first step: no reference (with \\boxed{}?), rubric or "
-                         "verdict can be read: take a stronger model or --judge")
+        raise ValueError("no reward in the first step: no reference (boxed?), rubric or verdict; "
+                         f"--resume with another --judge? {getattr(run.judge, 'last_error', '')}")
     if run.options.reward != "cat":
         return {}
     skill = cat.judge_skill(told["reference"], told["rubric"], run.judge)
@@ -278,7 +278,7 @@ def train(run) -> dict:
         # 2. their rewards: what the verifier thinks of each token, or agreement with the reference
         seed = 8 * (o.seed * 1_000_003 + step)  # of synthesis; the rubrics' is one more
         rewards, counted, told = step_rewards(run, rows, *batch, seed)
-        skill = check_judge(run, rewards, told) if told and not step else {}
+        skill = check_start(run, rewards, told) if told and not step else {}
 
         # 3. compared within the group
         ref_logp = logprobs(run, run.reference, *batch) if o.beta else None

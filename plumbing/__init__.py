@@ -29,7 +29,7 @@ def one_clear_line(main, script: str, again: str = "the same command continues")
     except (FloatingPointError, ConnectionError, torch.OutOfMemoryError) as e:
         status, line = 1, f"{str(e).splitlines()[0]} ({again})"
     except (ValueError, OSError, ImportError) as e:
-        status, line = 2, f"pip install {e.name}" if isinstance(e, ImportError) else str(e)
+        status, line = 2, f"{e}: pip install {e.name}" if isinstance(e, ImportError) else str(e)
     except KeyboardInterrupt:
         status, line = 130, f"stopped; {again}"
     print(f"{script}: {line}", file=sys.stderr, flush=True)
@@ -39,7 +39,7 @@ def one_clear_line(main, script: str, again: str = "the same command continues")
 
 def one_line(text) -> str:
     """What a model wrote, for a screen: no line breaks, no escape sequences."""
-    return "(none)" if text is None else "".join(c if c.isprintable() else " " for c in text)
+    return "(nothing)" if text is None else "".join(c if c.isprintable() else " " for c in text)
 
 
 def progress(items, **settings):

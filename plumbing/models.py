@@ -70,7 +70,7 @@ def load(what: str, path: str, device="", train: bool = False):
         raise
     except Exception as e:  # broken files, no network, unknown architectures ...
         why = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
-        raise ValueError(f"{what} {path}: no folder or hub name of a model? {why}") from None
+        raise ValueError(f"{what} {path}: no model, or not on this --device: {why}") from None
 
 
 def batches(sizes: list, budget: int, longest=float("inf"), n: int = 1) -> list:
@@ -173,7 +173,7 @@ class Reply(NamedTuple):
 
 
 class LocalModel:
-    """A text model from a transformers model and its tokenizer.  What does not fit is missing."""
+    """A text model from a transformers model and its tokenizer.  A prompt too long has no reply."""
 
     last_error, verdict_tokens = "", 1  # a yes or no is the first token of a reply
 

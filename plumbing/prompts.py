@@ -78,13 +78,13 @@ def check_row(where: str, row) -> dict:
         what = 'needs a `prompt` (instruction, problem), not empty: string or [{"role", "content"}]'
         if not "".join(m["content"] for m in messages_of(prompt) if m["role"]).strip():
             raise ValueError
-        what = '`facts` are {"right": string, "wrong": [strings]}, `rubrics` {"criterion": string, \
-"points": number}, `pattern` is a regular expression, all in UTF-8 without half surrogates'
+        what = 'not UTF-8; or `facts` are not {"right": string, "wrong": [strings]}, `rubrics` not \
+{"criterion": string, "points": number}, or `pattern` is no regular expression'
         json.dumps(row, ensure_ascii=False).encode(), re.compile(row.get("pattern") or "")
         "".join(word for fact in facts for word in [fact["right"]] + fact["wrong"])
         criteria, points = [r["criterion"] for r in rubrics], [r["points"] for r in rubrics]
         "".join(criteria), sum(points)
-    except (KeyError, TypeError, ValueError, re.error):
+    except (KeyError, TypeError, ValueError, OverflowError, re.error):
         raise ValueError(f"{where}: {what}") from None
     return {"prompt": prompt, "where": where, "facts": facts, "rubrics": rubrics, **text,
             "criteria": criteria, "points": points, "pattern": row.get("pattern"),

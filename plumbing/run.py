@@ -25,7 +25,7 @@ NEEDED = {"rubric-given": "rubrics", "cat-sft": "output"}  # something in each p
 
 def newest(pattern: str) -> str:
     """The folder of the newest file of that pattern in runs/."""
-    found = sorted(glob.glob(f"runs/{pattern}", recursive=True), key=os.path.getmtime)
+    found = sorted(glob.glob(f"runs/{pattern}"), key=os.path.getmtime)
     if not found:
         raise ValueError(f"runs/ holds no {pattern}: give --output_dir, or run train.py")
     return os.path.dirname(found[-1])
@@ -45,9 +45,9 @@ def train_options(Options):
     o.output_dir = o.output_dir or f"runs/{o.reward}-{time.strftime('%Y%m%d-%H%M%S')}"
     if o.temperature <= 0 or not 0 < o.top_p <= 1 or o.group_size < 2:
         raise ValueError("--temperature must be above 0, --top_p in (0, 1], --group_size 2 or more")
-    for name in "steps", "prompts_per_step", "max_new_tokens", "micro_batch", "save_every":
-        if getattr(o, name) < 1:
-            raise ValueError(f"--{name} must be 1 or more")
+    least = "steps prompts_per_step max_new_tokens micro_batch save_every updates_per_rollout"
+    if min(getattr(o, name) for name in least.split()) < 1:
+        raise ValueError(f"--{least.replace(' ', ', --')} must be 1 or more")
     if o.reward == "cme" and (o.length_penalty_after or o.kl_in == "reward"):
         raise ValueError("--length_penalty_after and --kl_in reward need one reward per response")
     return o
@@ -76,7 +76,7 @@ def prepare(o):
                              f"generator's context of {actor.context} tokens; leave it out")
     judged, needed = o.reward in JUDGED, NEEDED.get(o.reward, "prompt")
     if not all(row[needed] for row in rows):
-        raise ValueError(f"{o.prompts}: --reward {o.reward} needs `{needed}` in every row")
+        raise ValueError(f"{o.prompts}: --reward {o.reward} needs `{needed}` in every row (README)")
     if o.keep == "best" and not any(row["facts"] or row["answer"] or judged and row["rubrics"]
                                     for row in eval_rows):
         raise ValueError("--keep best needs --eval_prompts with facts, answer or (judged) rubrics")
@@ -99,7 +99,7 @@ def prepare(o):
 
 # What a run writes: config.json, metrics.jsonl, samples.jsonl, checkpoints, summary.json
 def begin(run, optimizer) -> int:
-    """How many steps are done: 0, or those of the newest checkpoint, whose optimizer is loaded."""
+    """Steps done: 0, or the newest checkpoint's, whose optimizer is loaded; later ones go."""
     o, state = run.options, {"step": -1}
     os.makedirs(o.output_dir, exist_ok=True)
     for folder in checkpoints(o.output_dir)[-1:]:
@@ -128,10 +128,10 @@ def metrics_of(run, G, ids, lengths, rewards, counted, advantages, told: dict, u
 
 
 def best_step(o, rows: list) -> int:
-    """With --keep best the first step after 0 that has the best held-out score; else the last."""
+    """With --keep best the first step after 0 that has the best held-out score; 0 if none has."""
     scores = {row["step"]: [row["held_out"].get(name) or 0 for name in MEASURES]
               for row in rows[1:] if "held_out" in row and o.keep == "best"}
-    return max(scores, key=scores.get, default=rows[-1]["step"])
+    return max(scores, key=scores.get, default=0)
 
 
 def record(run, optimizer, step: int, row: dict):
@@ -149,14 +149,15 @@ def record(run, optimizer, step: int, row: dict):
 def finish(run) -> dict:
     """summary.json: scores before and after, the model, time and memory."""
     folder, rows = run.options.output_dir, read_lines(f"{run.options.output_dir}/metrics.jsonl")
-    made = rows[best_step(run.options, rows)]
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10  # KiB on Linux
-    memory = torch.cuda.max_memory_allocated() / 2**20 if run.device.type == "cuda" else memory
+    best = best_step(run.options, rows)  # its checkpoint may be gone, if --keep best came late
+    made = rows[best if f"{folder}/checkpoint-{best:06d}" in checkpoints(folder) else -1]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10 * (sys.platform == "darwin")
+    peak = torch.cuda.max_memory_allocated(run.device) >> 10 if run.device.type == "cuda" else peak
     result = {"before": rows[0]["held_out"] | {"reward": rows[1]["reward"]},
               "after": made.get("held_out", {}) | {"reward": made["reward"]},
               "seconds": round(sum(row["seconds"] for row in rows[1:]), 1),
               "skipped": sum(row["skipped"] for row in rows[1:]), "steps": rows[-1]["step"],
-              "peak_memory_mb": round(memory), "model": f"{folder}/checkpoint-{made['step']:06d}"}
+              "peak_memory_mb": peak >> 10, "model": f"{folder}/checkpoint-{made['step']:06d}"}
     write_atomically(f"{folder}/summary.json", json.dumps(result, indent=1))
     return result
 

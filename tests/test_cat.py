@@ -290,7 +290,8 @@ def test_judge_skill_knows_a_coin_and_an_oracle():
     assert cat.judge_skill(["red cat", "red dog", "blue cat"], rubrics, oracle) == 1
     yes = cat.judge_skill(["red cat", "red dog", None], [rubrics[0], rubrics[1], []], Scripted(lambda p, t: "yes"))
     assert yes == 4 / 6                                                         # two of each are true, one is the other's
-    assert cat.judge_skill(["red cat"], [rubrics[0]], Scripted(lambda p, t: "?")) == 0 and math.isnan(cat.judge_skill([None], [[]], Scripted(None)))
+    assert cat.judge_skill(["red cat", "red dog"], rubrics[:2], Scripted(lambda p, t: "?")) == 0
+    assert math.isnan(cat.judge_skill(["red cat"], [rubrics[0]], Scripted(lambda p, t: "yes"))) and math.isnan(cat.judge_skill([None], [[]], Scripted(None)))
 
 
 # ---------------------------------------------------------------- the toy in its roles

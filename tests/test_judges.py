@@ -436,15 +436,15 @@ def test_unanswerable_prompts_are_missing(tmp_path):
 
 @pytest.mark.parametrize("arguments, said", [
     (["--models", "base"], "--judge: base must be NAME="), (["--models", "a/b=c", "--prompts", "P"], "a/b=c"),
-    (["--models", "a=x"], "respond first"), (["report"], "runs/ holds no "), 
-    (["--models", "a=TMP", "--prompts", "P"], "--models a TMP: no folder or hub name of a model"),
-    (["--models", "a=x", "--prompts", "pattern.jsonl"], "pattern.jsonl:1: `facts`"),
-    (["--models", "a=x", "--prompts", "answer.jsonl"], "answer.jsonl:1: `facts`"),
+    (["--models", "a=x"], "needs --models"), (["report"], "runs/ holds no "), 
+    (["--models", "a=TMP", "--prompts", "P"], "--models a TMP: no model, or not on this --device"),
+    (["--models", "a=x", "--prompts", "pattern.jsonl"], "pattern.jsonl:1: not UTF-8; or"),
+    (["--models", "a=x", "--prompts", "answer.jsonl"], "answer.jsonl:1: not UTF-8; or"),
     (["--models", "a=x", "--prompts", "digits.jsonl"], "digits.jsonl:1: not valid"),
     (["--models", "a=x", "--prompts", "nothing.jsonl"], "nothing.jsonl"),
     (["--models", "a=x", "--prompts", "P", "--judge", "gpt@http://h/v1"], "gpt@http"),
-    (["judge", "--models", "a=x", "--prompts", "P"], "respond first"),
-    (["--nonsense", 1], "--nonsense"), (["judge", "--output_dir", "TMP"], "respond first"),
+    (["judge", "--models", "a=x", "--prompts", "P"], "needs --models"),
+    (["--nonsense", 1], "--nonsense"), (["judge", "--output_dir", "TMP"], "needs --models"),
     (["respnd"], "respnd"), (["judge", "report"], "report")])
 def test_bad_input_is_one_line(tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
@@ -488,7 +488,7 @@ def test_a_mistake_in_the_first_command_can_be_mended(tmp_path, answered):
     arguments = ["--prompts", answered / "eval.jsonl", "--max_new_tokens", 40, "--output_dir", tmp_path / "e"]
     for models in ([f"base={tmp_path}"], [MODELS[1], f"other={tmp_path}"]):
         status, _, err = run(tmp_path, "--models", *models, *arguments)
-        assert status == 2 and f"{tmp_path}: no folder or hub name of a model" in err.splitlines()[-1]
+        assert status == 2 and f"{tmp_path}: no model, or not on this --device" in err.splitlines()[-1]
     written = (tmp_path / "e/models/base/responses.jsonl").read_bytes()
     assert run(tmp_path, "--models", *MODELS[1::2], *arguments)[0] == 0
     assert {m["model"] for m in report(tmp_path / "e")["means"]} == {"base", "trained"} and (tmp_path / "e/models/base/responses.jsonl").read_bytes() == written
@@ -609,7 +609,8 @@ def test_prompts_with_few_and_many_facts():
     found = evaluate.make_report(rows, {"m": [ANSWER] * 20, "n": [ANSWER] * 15 + [blank] * 5}, {})
     m, n = [row for row in found["means"] if row["measure"] == "facts"]
     assert m == {"model": "m", "measure": "facts", "score": 1, "low": 1, "high": 1, "standard_error": 0, "n": 20}
-    assert n["n"] == 15 and {row["n"] for row in found["means"] if row["model"] == "n"} == {15}
+    assert n["n"] == 15 and {row["n"] for row in found["means"] if row["model"] == "n" and row["measure"] != "missing"} == {15}
+    assert [(row["model"], row["n"]) for row in found["means"] if row["measure"] == "missing"] == [("n", 5)]
     assert found["differences"][0]["score"] == 0 and found["differences"][0]["p"] == 1 and found["differences"][0]["n"] == 15
     assert evaluate.values_of(rows, [ANSWER] * 10 + [models.Reply("u", True, 1)] * 10)["facts"].mean() == 0.5
 

@@ -1,6 +1,6 @@
 """train.py --reward cat and its kin, on the toy: every option, killed runs, whole stories, weak judges, bad input."""
 import json
-
+import re
 import shutil
 import signal
 import subprocess
@@ -15,7 +15,8 @@ import cat
 import grpo
 import train
 from test_train import TINY, bf16, fork, kill_at, rows, weights
-from plumbing import models, prompts
+from plumbing import files, models, prompts
+from plumbing import run as run_module
 
 ROOT = Path(__file__).parent.parent
 CAT = [*TINY, "--max_new_tokens", 40, "--lr", 3e-4]
@@ -214,7 +215,7 @@ def test_a_weak_judge_is_warned_about(tmp_path, few):
 def test_a_judge_that_cannot_be_read_is_refused(tmp_path, few):
     status, out, err = run(tmp_path, few, patch=lambda: setattr(cat, "decide", lambda asks, model, **k: [[[None] * len(row) for row in group] for group in asks]))
     lines = [line for line in err.splitlines() if line.startswith("train.py:")]
-    assert status == 2 and len(lines) == 1 and "verdict can be read" in lines[0]
+    assert status == 2 and len(lines) == 1 and "rubric or verdict" in lines[0]
 
 
 def test_missing_references_leave_groups_out(tmp_path, few):
@@ -236,7 +237,7 @@ def test_missing_references_leave_groups_out(tmp_path, few):
     (["--judge", "m@http://x y/"], "--judge: m at http://x y/"), (["--judge", "/no/such/judge"], "--judge /no/such/judge"),
     (["--prompts", "rubrics.jsonl"], "rubrics.jsonl:1"),
     (["--estimator", "majority"], "boxed"), (["--judge", "m@http://127.0.0.1:9/v1"], "APIConnectionError"),
-    (["--judge", "toy/cme/verifier"], "no reward in the first step")])
+    (["--judge", "toy/cme/verifier"], "no reward in the first step"), (["--updates_per_rollout", 0], "--updates_per_rollout")])
 def test_bad_input_gets_one_line_and_status_2(tmp_path, few, monkeypatch, arguments, said):
     monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.01), monkeypatch.setattr(openai._base_client, "MAX_RETRY_DELAY", 0.01)
     files = {"plain.txt": "Tell me about Mia.\n", "rubrics.jsonl": '{"prompt": "a", "rubrics": [{"criterion": "b", "points": "c"}]}\n',
@@ -280,6 +281,23 @@ def test_lora(tmp_path, few, outputs):
     assert all(p.any() for n, p in tuned.named_parameters() if "lora_B" in n)  # they begin as 0
     plain = dict(models.load_model("toy/cat/model", train=False, device="cpu").named_parameters())
     assert all(torch.equal(p, plain[n.replace(".base_layer", "")]) for n, p in tuned.named_parameters() if "lora_" not in n)
+
+
+def test_checkpoints_of_keep_best(tmp_path, few):
+    """One for every score that is the best so far, and at the end; asked for too late, the last model is the result."""
+    def patch():
+        real, scores = files.save_checkpoint, iter([0.1, 0.9, 0.2])
+        train.held_out = lambda *a, **k: {"facts": next(scores)}
+        run_module.save_checkpoint = lambda folder, step, *a: (print(f"SAVED {step};"), real(folder, step, *a))
+    arguments = ["--reward", "cat-answer", "--eval_every", 2, "--save_every", 100]
+    status, out, err = run(tmp_path, few, *arguments, "--steps", 4, "--keep", "best", patch=patch)
+    assert status == 0 and [int(n) for n in re.findall(r"SAVED (\d+);", out)] == [2, 4], err
+    assert json.loads((tmp_path / "run/summary.json").read_text())["model"].endswith("checkpoint-000002")
+    (tmp_path / "late").mkdir()
+    assert run(tmp_path / "late", few, *arguments, "--steps", 3)[0] == 0
+    status, out, err = fork(["--resume", "--output_dir", tmp_path / "late/run", "--keep", "best", "--steps", 4], tmp_path)
+    summary = json.loads((tmp_path / "late/run/summary.json").read_text())
+    assert status == 0 and Path(summary["model"]).exists(), err
 
 
 def test_the_best_model_survives_a_kill(tmp_path, few):

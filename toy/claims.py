@@ -241,8 +241,8 @@ def train_run(folder: str, paper: str, name: str, seed: int) -> dict:
 
 def training(folder: str, paper: str, names: list, seeds: int, few: int) -> dict:
     """Every run for every seed, two at a time -> {run: {seed: summary}}. Ctrl-C leaves the rest for another time."""
-    for world in WORLDS if set(names) & {"half", "most", "own", "cut"} else ():  # before the pool: two must not make the same
-        make(folder, f"WORLD/{world}/{'generator' if world == 'cut' else 'own' if world == 'own' else 'verifier'}", 0)
+    for what in dict.fromkeys(o for name in names for o in RUNS[paper][name] if o.startswith("WORLD/") or o == "WEAK"):
+        make(folder, what, 0)                                                  # before the pool: two must not make the same
     jobs = [(name, seed) for name in names for seed in range(few if name in FEW else seeds)]
     with ThreadPoolExecutor(2) as pool:
         done = list(tqdm(pool.map(lambda job: train_run(folder, paper, *job), jobs), total=len(jobs), desc=paper))

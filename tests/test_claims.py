@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "toy"))
 import average  # noqa: E402
 import claims  # noqa: E402
+import inference  # noqa: E402
 import make  # noqa: E402
 import skills  # noqa: E402
 
@@ -24,14 +25,14 @@ from plumbing import models
 
 def test_statistics():
     values = [0.5, 0.25, 1.0, 0.75, 0.0]
-    mean, se = claims.mean_se(values)
+    mean, se = inference.mean_se(values)
     assert mean == statistics.mean(values) and se == pytest.approx(statistics.stdev(values) / 5 ** 0.5)
     rng = random.Random(0)
     a, b = [rng.gauss(0, 1) for _ in range(400)], [rng.gauss(0.5, 2) for _ in range(500)]
-    t, p = claims.t_test(a, b)
+    t, p = inference.t_test(a, b)
     assert t == pytest.approx((statistics.mean(a) - statistics.mean(b)) / (statistics.variance(a) / 400 + statistics.variance(b) / 500) ** 0.5)
     assert p == pytest.approx(2 * statistics.NormalDist().cdf(-abs(t)), rel=1e-6) and p < 0.01
-    assert claims.t_test([1, 1], [1, 1]) == (0.0, 1.0)
+    assert inference.t_test([1, 1], [1, 1]) == (0.0, 1.0)
 
 
 def test_verdicts_follow_from_the_differences():
@@ -126,10 +127,10 @@ def test_the_weak_judge_is_as_weak_as_asked(tmp_path):
 
 
 def test_estimators_at_inference():
-    drawn = claims.draw(claims.MODEL, "numbers_eval.jsonl", 1, ["majority", "synthesis", "single"])
-    single, majority, synthesis = (sum(claims.right_facts(d["row"], d[k])[0] for d in drawn) / len(drawn) for k in ("single", "majority", "synthesis"))
+    drawn = inference.draw(inference.MODEL, "numbers_eval.jsonl", 1, ["majority", "synthesis", "single"])
+    single, majority, synthesis = (sum(inference.right_facts(d["row"], d[k])[0] for d in drawn) / len(drawn) for k in ("single", "majority", "synthesis"))
     assert majority > single + 0.1 and synthesis > single + 0.1
-    assert len(claims.per_prompt(drawn, lambda d: 1.0)) == len({d["row"]["prompt"] for d in drawn}) == 64
+    assert len(inference.per_prompt(drawn, lambda d: 1.0)) == len({d["row"]["prompt"] for d in drawn}) == 64
 
 
 def test_the_world_is_what_it_says():

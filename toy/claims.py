@@ -29,9 +29,9 @@ from evaluate import fact_right  # noqa: E402
 from plumbing import TOY, models, one_clear_line  # noqa: E402
 from plumbing.files import read_json, read_lines, write_atomically  # noqa: E402
 from plumbing.prompts import read_prompts  # noqa: E402
+from toy.inference import MODEL, figure_6, inference, mean_se, shown  # noqa: E402
 
 ROOT = os.path.dirname(TOY)
-MODEL = os.path.join(TOY, "cat", "model")
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # Student's t by degrees of freedom
 WORLDS = {  # name: options of toy/make.py, which makes them on first use
     "half": ["--parts", "verifier", "--knows", "0.5"], "cut": ["--parts", "generator", "--fragment"],
@@ -86,101 +86,11 @@ CLAIMS = {  # paper: (what is claimed, run A, when, measure; run B, when, measur
         ("synthesis beats majority voting", "cat-answer after sampled_accuracy", "cat-answer, majority after sampled_accuracy")]}
 
 
-# ---------------------------------------------------------------- statistics
-
-def mean_se(values: list) -> tuple:
-    """Mean and standard error (ddof 1)."""
-    n, mean = len(values), sum(values) / len(values)
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1) / n)
-
-
-def t_test(a: list, b: list) -> tuple:
-    """Welch's t and its two-sided p (normal approximation: the samples here have hundreds of members)."""
-    (ma, sa), (mb, sb) = mean_se(a), mean_se(b)
-    t = (ma - mb) / math.hypot(sa, sb) if sa or sb else 0.0
-    return t, math.erfc(abs(t) / math.sqrt(2))
-
-
-def shown(values: list) -> str:
-    mean, se = mean_se(values)
-    return f"{mean:.3f} ± {se:.3f}"
-
-
-# ---------------------------------------------------------------- inference
-
-def right_facts(row: dict, text) -> list:
-    """1.0 or 0.0 for each fact, or for the final answer."""
-    if row["answer"] is not None:
-        return [float(cat.answer_key(text) == cat.normal_answer(row["answer"]) != "")]
-    return [float(fact_right(text or "", fact)) for fact in row["facts"]]
-
-
-def draw(model_path: str, file: str, repeats: int, names=None) -> list:
-    """For each repeat and prompt: the row, 8 rollouts, and the reference of each estimator."""
-    model = models.LocalModel(*models.load("toy", model_path, "cpu"))
-    anchor = models.LocalModel(*models.load("toy", MODEL, "cpu"))
-    rows, style = read_prompts(os.path.join(TOY, "cat", file)), "stepwise" if "numbers" in file else "freeform"
-    prompts, drawn = [r["prompt"] for r in rows], []
-    for repeat in range(repeats):
-        rollouts = model.complete(prompts, n=8, max_new_tokens=48, temperature=1.0, seed=1000 + repeat)
-        known = cat.estimators(anchor, max_new_tokens=48, style=style, seed=repeat)
-        known["synthesis from 1"] = lambda prompts, rollouts, all_of=known["synthesis"]: all_of(prompts, [y[:1] for y in rollouts])
-        known["synthesis, question in"] = cat.estimators(anchor, max_new_tokens=48, style=style, seed=repeat, question=True)["synthesis"]
-        known["greedy"] = lambda prompts, _: [y[0] for y in model.complete(prompts, max_new_tokens=48, temperature=0.0)]
-        references = {name: estimate(prompts, rollouts) for name, estimate in known.items() if names is None or name in names}
-        drawn += [{"row": row, "rollouts": y, **{name: texts[i] for name, texts in references.items()}} for i, (row, y) in enumerate(zip(rows, rollouts))]
-    return drawn
-
-
-def per_prompt(drawn: list, value) -> list:
-    """value(item) -> the mean over repeats for each prompt."""
-    by = {}
-    for item in drawn:
-        by.setdefault(item["row"]["prompt"], []).append(value(item))
-    return [sum(v) / len(v) for v in by.values()]
-
-
-def inference(repeats: int):
-    drawn = {kind: draw(MODEL, file, repeats) for kind, file in (("facts", "eval.jsonl"), ("numbers", "numbers_eval.jsonl"))}
-    print("\nEstimators at inference          facts            all four right   numbers")
-    names = [n for n in drawn["facts"][0] if n not in ("row", "rollouts")]
-    for item in drawn["facts"] + drawn["numbers"]:                             # the best of the 8 by the truth: what no selection can beat
-        item["(oracle: best of 8)"] = max(item["rollouts"], key=lambda y, row=item["row"]: sum(right_facts(row, y)))
-    for name in names + ["(oracle: best of 8)"]:
-        facts = per_prompt(drawn["facts"], lambda d, k=name: mean_se(right_facts(d["row"], d[k]))[0])
-        every = per_prompt(drawn["facts"], lambda d, k=name: float(all(right_facts(d["row"], d[k]))))
-        numbers = per_prompt(drawn["numbers"], lambda d, k=name: right_facts(d["row"], d[k])[0])
-        none = name == "majority"                                              # biographies have no final answer to vote on
-        print(f"{name:<30} {'-' if none else shown(facts):>15}  {'-' if none else shown(every):>15}  {shown(numbers):>15}")
-
-    print("\nDisagreement (Table 1): how often synthesis differs, and is then right | the other is then right")
-    for kind, other in (("numbers", "majority"), ("numbers", "best-of-n"), ("facts", "best-of-n")):
-        pairs = [(a, b) for d in drawn[kind] for a, b in zip(right_facts(d["row"], d["synthesis"]), right_facts(d["row"], d[other]))] if kind == "facts" else \
-            [(right_facts(d["row"], d["synthesis"])[0], right_facts(d["row"], d[other])[0]) for d in drawn[kind]
-             if cat.answer_key(d["synthesis"]) != cat.answer_key(d[other])]
-        total = sum(len(right_facts(d["row"], "")) for d in drawn[kind])
-        differ = [(a, b) for a, b in pairs if a != b or kind == "numbers"]
-        print(f"{kind}, {other}: {len(differ)} of {total} ({len(differ) / total:.1%}{', as far as one of them is right' * (kind == 'facts')}); "
-              f"right {sum(a for a, _ in differ):.0f} | {sum(b for _, b in differ):.0f}")
-    for kind in drawn:
-        none = [d for d in drawn[kind] if not any(all(right_facts(d["row"], y)) for y in d["rollouts"])]
-        print(f"{kind}: no rollout is wholly right on {len(none)} of {len(drawn[kind])}; there synthesis is on "
-              f"{sum(all(right_facts(d['row'], d['synthesis'])) for d in none)}, any selection on 0")
-
-    print("\nStructure of synthesis against rollouts (Table 9)     synthesis   rollouts   t        p")
-    tokenizer = models.load_tokenizer(MODEL)
-    for kind in drawn:
-        for what, size in (("tokens", lambda y: len(tokenizer(y).input_ids)), ("lines", lambda y: y.count("\n") + 1), ("equations", lambda y: y.count("="))):
-            a, b = [size(d["synthesis"]) for d in drawn[kind]], [size(y) for d in drawn[kind] for y in d["rollouts"]]
-            print(f"{kind + ', ' + what:<50} {mean_se(a)[0]:>12.2f} {mean_se(b)[0]:>10.2f} {t_test(a, b)[0]:>8.2f} {t_test(a, b)[1]:>8.1e}")
-
-
 # ---------------------------------------------------------------- training
-
 def weak_judge(folder: str, aim: float = 0.73) -> str:
     """The toy with noise on its weights, as much as makes it right on about `aim` of the statements that it judges rightly without."""
-    path = os.path.join(folder, "weak-judge")
-    if os.path.exists(os.path.join(path, "noise.json")):
+    path = f"{folder}/weak-judge"
+    if os.path.exists(f"{path}/noise.json"):
         return path
     model, tokenizer = models.load("toy", MODEL, "cpu")
     rows = read_prompts(os.path.join(TOY, "cat", "eval.jsonl"))
@@ -196,8 +106,7 @@ def weak_judge(folder: str, aim: float = 0.73) -> str:
         low, high = (noise, high) if right > aim else (low, noise)
     model.save_pretrained(path)
     tokenizer.save_pretrained(path)
-    with open(os.path.join(path, "noise.json"), "w", encoding="utf-8") as f:
-        json.dump({"noise": noise, "right": right}, f)
+    write_atomically(f"{path}/noise.json", json.dumps({"noise": noise, "right": right}))
     return path
 
 
@@ -225,13 +134,18 @@ def make(folder: str, what: str, seed: int) -> str:
 def command(folder: str, script: str, *options):
     """Runs a script of this repository on one thread; what it prints goes to FOLDER/log."""
     with open(f"{folder}/log", "a", encoding="utf-8") as log:
-        subprocess.run([sys.executable, os.path.join(ROOT, script), *options], stdout=log, stderr=log, check=True,
-                       env=os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"})
+        env = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        if subprocess.run([sys.executable, f"{ROOT}/{script}", *options], stdout=log, stderr=log, env=env).returncode:
+            raise ValueError(f"{script} {' '.join(options)} failed: the end of {folder}/log says why")
+
+
+def path_of(folder: str, name: str, seed: int) -> str:
+    return f"{folder}/{name.replace(', ', '-').replace(' ', '_')}-{seed}"
 
 
 def train_run(folder: str, paper: str, name: str, seed: int) -> dict:
     """One run of train.py -> its summary. A run that was stopped continues, one that had finished is read."""
-    path = f"{folder}/{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+    path = path_of(folder, name, seed)
     if not os.path.exists(f"{path}/summary.json"):
         options = ["--resume"] if os.path.exists(f"{path}/config.json") else [*RUNS[paper][name], "--seed", str(seed)]
         options = [make(folder, o, seed) for o in options if o != "AVERAGE"] + ["--output_dir", path]
@@ -239,11 +153,13 @@ def train_run(folder: str, paper: str, name: str, seed: int) -> dict:
     return read_json(f"{path}/summary.json")
 
 
-def training(folder: str, paper: str, names: list, seeds: int, few: int) -> dict:
+def training(folder: str, paper: str, names: list, seeds: int, few: int, finished: bool) -> dict:
     """Every run for every seed, two at a time -> {run: {seed: summary}}. Ctrl-C leaves the rest for another time."""
-    for what in dict.fromkeys(o for name in names for o in RUNS[paper][name] if o.startswith("WORLD/") or o == "WEAK"):
+    options = [o for name in names for o in RUNS[paper][name] if not finished]
+    for what in dict.fromkeys(o for o in options if o.startswith("WORLD/") or o == "WEAK"):
         make(folder, what, 0)                                                  # before the pool: two must not make the same
     jobs = [(name, seed) for name in names for seed in range(few if name in FEW else seeds)]
+    jobs = [job for job in jobs if not finished or os.path.exists(f"{path_of(folder, *job)}/summary.json")]
     with ThreadPoolExecutor(2) as pool:
         done = list(tqdm(pool.map(lambda job: train_run(folder, paper, *job), jobs), total=len(jobs), desc=paper))
     results = {name: {} for name in names}
@@ -272,7 +188,6 @@ def more_scores(folder: str, name: str, path: str) -> dict:
 
 
 # ---------------------------------------------------------------- the report
-
 def verdict(differences: list) -> dict:
     """Differences paired by seed -> mean, 95% t-interval, and what follows: [.1, .2, .1, .2] is above 0 for certain."""
     mean, se = mean_se(differences)
@@ -286,9 +201,8 @@ def claims_of(paper: str, results: dict) -> list:
     rows = []
     for claim, *sides in CLAIMS[paper]:
         (a, when_a, m_a), (b, when_b, m_b) = (side.rsplit(" ", 2) for side in sides)
-        if {a, b} <= set(results):
-            both = [s for s in results[a] if s in results[b]]
-            values = [(results[a][s][when_a][m_a], results[b][s][when_b][m_b]) for s in both]
+        if results.get(a) and results.get(b):
+            values = [(results[a][s][when_a][m_a], results[b][s][when_b][m_b]) for s in results[a] if s in results[b]]
             rows.append({"claim": claim, "A": mean_se([x for x, _ in values])[0], "B": mean_se([y for _, y in values])[0],
                          **verdict([x - y for x, y in values])})
     return rows
@@ -298,10 +212,10 @@ def report(folder: str, paper: str, results: dict):
     """The runs' scores, the claims; on the screen as Markdown, and in PAPER.json."""
     for key in ("facts", "accuracy"):
         columns = [key, f"{key}_wrong", f"sampled_{key}", "sampled_valid", "wording", "tokens"]
-        runs = {name: [r["after"] for r in of.values()] for name, of in results.items() if of and key in of[0]["after"]}
+        runs = {name: [r["after"] for r in of.values()] for name, of in results.items() if any(key in r["after"] for r in of.values())}
         if runs:
             print(f"\n| run (seeds) | {' | '.join(columns)} |\n|{'---|' * (len(columns) + 1)}")
-            for name, of in {"before": [results[next(iter(runs))][0]["before"]], **runs}.items():
+            for name, of in {"before": [next(iter(results[next(iter(runs))].values()))["before"]], **runs}.items():
                 print(f"| {name} ({len(of)}) | {' | '.join(shown([r.get(c, math.nan) for r in of]) for c in columns)} |")
     claims = claims_of(paper, results)
     print("\n| claim | A | B | A - B, paired by seed (95%) | seeds | verdict |\n|---|---|---|---|---|---|")
@@ -310,19 +224,7 @@ def report(folder: str, paper: str, results: dict):
     write_atomically(f"{folder}/{paper}.json", json.dumps({"claims": claims, "runs": results}, indent=1))
 
 
-def figure_6(results: dict, repeats: int):
-    """CaT's Figure 6: the trained policy against synthesis from the initial one."""
-    print("\nOne answer of the trained policy against synthesis from the initial one (nine times the compute), and synthesis on top of it (Figure 6)")
-    for kind, file, name in (("facts", "eval.jsonl", "cat"), ("numbers", "numbers_eval.jsonl", "cat-answer")):
-        for who, paths in {"initial": [MODEL], "trained": [r["model"] for r in results.get(name, {}).values()]}.items():
-            for how in ("greedy", "single", "synthesis") + ("majority",) * (kind == "numbers"):
-                drawn = [item for path in paths for item in draw(path, file, repeats, [how])]
-                if drawn:
-                    print(f"{kind:>8}, {who} policy, {how:<10} {shown(per_prompt(drawn, lambda d, k=how: mean_se(right_facts(d['row'], d[k]))[0]))}")
-
-
 # ---------------------------------------------------------------- pictures
-
 def pyplot():
     import matplotlib
     matplotlib.use("svg")
@@ -393,6 +295,7 @@ def main():
                                 ("--repeats", 5, "draws of 8 answers to each held-out prompt")):
         parser.add_argument(name, type=int, default=default, help=what)
     parser.add_argument("--quick", action="store_true", help="one seed of CME's main rows, without verdicts")
+    parser.add_argument("--finished", action="store_true", help="nothing is trained: what the finished runs say")
     parser.add_argument("--plot", nargs="?", const="", help="pictures of the runs in --output, or of the run named")
     parser.add_argument("--output", default="runs/claims", help="folder for runs and results")
     args = parser.parse_args()
@@ -400,12 +303,12 @@ def main():
     os.makedirs(args.output, exist_ok=True)
     if args.plot is not None:
         return plot_run(args.plot) if args.plot else pictures(args.output, os.path.join(TOY, "pictures"))
-    if args.paper == "cat":
+    if args.paper == "cat" and not args.finished:
         inference(args.repeats)
     names = QUICK if args.quick else list(RUNS[args.paper])
-    results = training(args.output, args.paper, names, 1 if args.quick else args.seeds, args.few)
+    results = training(args.output, args.paper, names, 1 if args.quick else args.seeds, args.few, args.finished)
     report(args.output, args.paper, results)
-    if args.paper == "cat":
+    if args.paper == "cat" and not args.finished:
         figure_6(results, args.repeats)
 
 

@@ -7,8 +7,7 @@ log-probabilities (nats) are the reward: carried to the generator's tokens by ch
 Deliberate departures from the paper:
  1. `credit="word"` is ours: a token gets the reward of the rest of its word.  Proportional credit
     spreads a word's price over its pieces, although the choice was made at the first one.
- 2. Where prompt and response exceed the verifier's context, the prompt loses its oldest tokens,
-    all but its first (BOS).
+ 2. A prompt that is too long for the verifier loses its oldest tokens, all but its first (BOS).
 """
 
 import re

@@ -24,6 +24,7 @@ import numpy as np
 from transformers import HfArgumentParser
 
 import cat
+import cme
 from plumbing import one_clear_line, option, progress
 from plumbing.files import (
     append_line, checkpoints, finite, read_json, read_lines, write_atomically, write_lines)
@@ -134,9 +135,9 @@ def values_of(rows: list, replies: list) -> dict:
     return {name: v for name, v in values.items() if not np.isnan(v).all()}
 
 
-def held_out(model, rows: list, *, max_new_tokens: int, judge=None) -> dict:
+def held_out(model, rows: list, *, max_new_tokens: int, judge=None, verifiers={}) -> dict:
     """Means of a text model's `values_of`, greedy, and of some at T = 1 with its top-k and top-p
-    (`sampled_`); the share of the top wording; `rubric` where there are no facts and answers."""
+    (`sampled_`); the top wording's share; `rubric` without facts and answer; verifiers' Eq. 3."""
     result, prompts = {}, [row["prompt"] for row in rows]
     for prefix, T in (("sampled_", 1.0), ("", 0.0)):  # greedy last: its replies are used below
         replies = model.replies(prompts, max_new_tokens=max_new_tokens, temperature=T)
@@ -145,6 +146,8 @@ def held_out(model, rows: list, *, max_new_tokens: int, judge=None) -> dict:
         result = {prefix + m: v for m, v in means.items() if not prefix or m in SAMPLED} | result
     texts = [reply.response for reply in replies]
     result["wording"] = max(Counter(map(wording, texts, rows)).values()) / len(texts)
+    for name, verifier in verifiers.items():
+        result[name] = cme.sequence_rewards(*verifier, prompts, texts).nanmean().item()
     rubrics = [[] if r["facts"] or r["answer"] is not None else r["criteria"] for r in rows]
     if judge and any(rubrics):
         verdicts = cat.judge_rubrics([[text] for text in texts], rubrics, judge)

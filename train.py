@@ -9,11 +9,10 @@ Deliberate departures from the papers: at the heads of align.py, grpo.py, cme.py
 are the toy's; AdamW's weight decay is 0; early stopping is --keep best.  Letters as in grpo.py.
 """
 
-import json
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal, Optional
 
 import torch
@@ -47,6 +46,7 @@ class Options:
     credit: Literal["token", "word"] = option("token", "cme: the paper's, or the whole word's")
     generator: str = option("", "model to train, a folder or a hub name; empty: the toy's")
     verifier: str = option(f"{TOY}/cme/verifier", "CME: scores; random:MODEL: random weights")
+    watch_verifier: str = option("", "a second one, scored at evaluations and never trained on")
     estimator: Literal[tuple(cat.estimators(None))] = option("synthesis", "CaT: of the reference")
     judge: str = option("", "CaT: a model or MODEL@URL (JUDGE_API_KEY); empty: the initial policy")
     question_in_synthesis: bool = option(False, "let the anchor read the question too")
@@ -165,9 +165,8 @@ def step_rewards(run, rows: list, prompt_ids, ids, lengths, seed: int):
     o, G, batch = run.options, run.options.group_size, (prompt_ids, ids, lengths)
     prompts, told = [row["prompt"] for row in rows for _ in range(G)], {}
     if o.reward == "cme":
-        rewards, counted = cme.token_rewards(*run.verifier, run.tokenizer, prompts, ids, lengths,
-                                             credit=o.credit, stop_ids=run.actor.stop_ids)
-        return rewards, counted, told
+        return *cme.token_rewards(*run.verifier, run.tokenizer, prompts, ids, lengths,
+                                  credit=o.credit, stop_ids=run.actor.stop_ids), told
     texts, _ = run.actor.texts(ids, lengths)
     if o.reward in ("cme-sequence", "reverse-kl"):
         rewards = cme.sequence_rewards(*run.verifier, prompts, texts).to(ids.device)
@@ -225,12 +224,11 @@ def update(run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, advanta
     return totals
 
 
-# How it goes
 def scores_of(run) -> dict:
     """Held-out scores of the policy as it is."""
-    settings = {"max_new_tokens": run.options.max_new_tokens, "judge": run.judge}
+    o, rows, others = run.options, run.eval_rows, {"judge": run.judge, "verifiers": run.watch}
     with autocast(run.device):
-        return held_out(run.actor, run.eval_rows, **settings) if run.eval_rows else {}
+        return held_out(run.actor, rows, max_new_tokens=o.max_new_tokens, **others) if rows else {}
 
 
 def check_start(run, rewards, told: dict) -> dict:
@@ -260,7 +258,6 @@ def show_samples(run, G, step: int, rows: list, ids, lengths, rewards, counted, 
     tqdm.write(cat.show(question_text(prompt), texts, means, **story), file=sys.stdout)
 
 
-# The algorithm
 def train(run) -> dict:
     """The whole run, or what is left of it -> the contents of summary.json."""
     o, G = run.options, 1 if run.options.reward == "cat-sft" else run.options.group_size
@@ -311,12 +308,13 @@ def train(run) -> dict:
 
 
 def main():
-    run = prepare(train_options(Options))
-    print(json.dumps(asdict(run.options)))
-    result = train(run)
-    print(f"before: {numbers(result['before'])}\n after: {numbers(result['after'])}\n"
-          f"{result['steps']} steps in {result['seconds']:.0f} s, {result['peak_memory_mb']} MB at "
-          f"most. The model is in {result['model']}, beside it metrics.jsonl, samples.jsonl, ...")
+    result = train(prepare(train_options(Options)))
+    before, after = result["before"], result["after"]
+    print(f"before: {numbers(before)}\n after: {numbers(after)}\n{result['steps']} steps in "
+          f"{result['seconds']:.0f} s, {result['peak_memory_mb']} MB at most: {result['model']}")
+    gain = {name: after[name] - before[name] for name in ("trained", "watch") if name in after}
+    if gain.get("watch", 0) < 0 < gain.get("trained", 0):
+        print("--verifier likes answers better, --watch_verifier less: exploited", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,7 @@ TOY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 
 
 def option(default, help):
     """A field of an options class, with its line for --help."""
-    listed = isinstance(default, list)
-    value = {"default_factory": default.copy} if listed else {"default": default}
+    value = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
     return field(**value, metadata={"help": help})
 
 

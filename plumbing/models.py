@@ -215,7 +215,7 @@ class LocalModel:
 
 
 class Endpoint:
-    """A text model behind an OpenAI-compatible server, through the `openai` package."""
+    """A text model behind an OpenAI-compatible server (`openai` package), a request an answer."""
 
     def __init__(self, model: str, url: str, *, key=None, concurrency=8, timeout=60.0, retries=4):
         import openai
@@ -226,7 +226,6 @@ class Endpoint:
         self.client = openai.OpenAI(base_url=url, api_key=self.key, **settings)
 
     def complete(self, prompts, *, n=1, max_new_tokens: int, temperature=1.0, seed=0) -> list:
-        """n answers to each of P prompts, each a request of its own; `seed` is not sent."""
         each, pool = [p for p in prompts for _ in range(n)], ThreadPoolExecutor(self.concurrency)
         texts = [*pool.map(lambda prompt: self.ask(prompt, max_new_tokens, temperature), each)]
         return [texts[i : i + n] for i in range(0, len(texts), n)]

@@ -56,7 +56,7 @@ def train_options(Options):
 def prepare(o):
     """Reads, loads and checks all, writes nothing -> a `run`: options, device; policy (trained),
     tokenizer, actor (they as a text model); rows and eval_rows (of prompts); reference (the frozen
-    initial policy); CME's verifier (model, tokenizer); CaT's anchor and judge (text models)."""
+    initial policy); CME's verifier (model, tokenizer), watch ({name: one}); CaT's anchor, judge."""
     there = os.listdir(o.output_dir) if os.path.isdir(o.output_dir) else []
     if {*there} - {"config.json", "config.json.tmp"} and not o.resume:
         raise ValueError(f"--output_dir {o.output_dir} is in use; give another one, or --resume")
@@ -82,13 +82,16 @@ def prepare(o):
         raise ValueError("--keep best needs --eval_prompts with facts, answer or (judged) rubrics")
     run = SimpleNamespace(
         options=o, device=policy.device, policy=policy, tokenizer=tokenizer, actor=actor, rows=rows,
-        eval_rows=eval_rows, reference=None, verifier=None, anchor=None, judge=None)
+        eval_rows=eval_rows, reference=None, verifier=None, anchor=None, judge=None, watch={})
     if o.beta or judged or o.reward == "cat-answer":
         run.reference, _ = load("--generator", o.generator, o.device)
         run.anchor = LocalModel(run.reference, tokenizer, **sampling)
         run.judge = run.anchor if judged else None
     if o.reward in ("cme", "cme-sequence", "reverse-kl"):
         run.verifier = load("--verifier", o.verifier, o.device)
+    if o.watch_verifier:
+        watch = load("--watch_verifier", o.watch_verifier, o.device)
+        run.watch = {"watch": watch} | ({"trained": run.verifier} if run.verifier else {})
     if judged and o.judge:
         run.judge = text_model("--judge", o.judge, o.device, batch_tokens=o.batch_tokens,
                                key=os.environ.get("JUDGE_API_KEY"))
@@ -97,7 +100,6 @@ def prepare(o):
     return run
 
 
-# What a run writes: config.json, metrics.jsonl, samples.jsonl, checkpoints, summary.json
 def begin(run, optimizer) -> int:
     """Steps done: 0, or the newest checkpoint's, whose optimizer is loaded; later ones go."""
     o, state = run.options, {"step": -1}

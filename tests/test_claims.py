@@ -108,14 +108,14 @@ def test_facts_of_people_and_of_what_a_verifier_knows():
 
 def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
-    for name in ("cme-0", "cme-1", "rent-0", "half-0"):
+    for name in ("cme-0", "cme-1", "rent-0", "half-0", "watched-0"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text('{"before": {"facts": 0.5}, "after": {"facts": 0.9}}')
-        rows = [{"step": step, "reward": -step, "kl": 0.1, "held_out": {"facts": 0.5 + step / 10}} for step in range(3)]
+        rows = [{"step": step, "reward": -step, "kl": 0.1, "held_out": {"facts": 0.5 + step / 10, "watch": -step, "trained": step}} for step in range(3)]
         (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     claims.pictures(str(tmp_path), str(tmp_path / "pictures"))
     claims.plot_run(str(tmp_path / "cme-0"))
-    for path in (tmp_path / "pictures/rewards.svg", tmp_path / "pictures/verifiers.svg", tmp_path / "cme-0/metrics.svg"):
+    for path in (tmp_path / "pictures/rewards.svg", tmp_path / "pictures/verifiers.svg", tmp_path / "pictures/watch.svg", tmp_path / "cme-0/metrics.svg"):
         assert "<svg" in path.read_text()
 
 

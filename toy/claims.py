@@ -44,7 +44,7 @@ RUNS = {  # paper: {run: options of train.py}; AVERAGE: with the average that th
         "itself": ["--verifier", f"{TOY}/cme/generator"], "half": ["--verifier", "WORLD/half/verifier"], "most": ["--verifier", "WORLD/most/verifier"],
         "own": ["--verifier", "WORLD/own/own"], "no_scale": ["--no_scale"], "min_std_0": ["--min_std", "0"], "beta_0": ["--beta", "0"],
         "reverse-kl": ["--reward", "reverse-kl"], "average": ["AVERAGE"], "word": ["--credit", "word"], "cut": CUT, "cut_word": [*CUT, "--credit", "word"],
-        "some_people": ["--prompts", "SOME"]},
+        "some_people": ["--prompts", "SOME"], "watched": ["--steps", "300", "--watch_verifier", "WORLD/watch/verifier"]},
     "cat": {
         "cat": ["--reward", "cat"], "cat-match": ["--reward", "cat-match"], "cat-answer": ["--reward", "cat-answer"],
         "cat-answer, majority": ["--reward", "cat-answer", "--estimator", "majority"], "SFT": [*SFT, "--lr", "5e-4"],
@@ -74,6 +74,7 @@ CLAIMS = {  # paper: (what is claimed, run A, when, measure; run B, when, measur
         ("people kept out of RL gain too", "some_people after kept_out", "some_people before kept_out"),
         ("facts that the verifier does not know are not lost", "half after unknown", "half before unknown"),
         ("style does not collapse (share of the top wording does not rise)", "cme before wording", "cme after wording"),
+        ("300 steps: a second verifier, never trained on, likes the answers better too", "watched after watch", "watched before watch"),
         ("sampled answers stay well-formed", "cme after sampled_valid", "cme before sampled_valid")],
     "cat": [
         ("CaT improves the untrained model", "cat after sampled_facts", "cat before sampled_facts"),
@@ -285,7 +286,15 @@ def pictures(folder: str, output: str):
     axis.set_xticklabels(labels.values(), fontsize=8)
     axis.legend(frameon=False, fontsize=8)
     figure.savefig(f"{output}/verifiers.svg", metadata={"Date": None})
-    print(f"{output}/rewards.svg, {output}/verifiers.svg")
+    if runs("watched"):
+        figure, axis = plt.subplots(figsize=(6.4, 3.0), layout="constrained")
+        for path in runs("watched"):
+            for name, color in (("trained", "C0"), ("watch", "C1"), ("facts", "grey")):
+                axis.plot(*curve(path, name), color=color, linewidth=1, label=name if path == runs("watched")[0] else None)
+        axis.set(xlabel="step", ylabel="nats per token of greedy answers; facts right")
+        axis.legend(frameon=False, fontsize=8)
+        figure.savefig(f"{output}/watch.svg", metadata={"Date": None})
+    print(f"{output}: {', '.join(sorted(os.listdir(output)))}")
 
 
 def main():

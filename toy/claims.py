@@ -72,7 +72,7 @@ CLAIMS = {  # paper: (what is claimed, run A, when, measure; run B, when, measur
         ("flattening what rounding made (min_std .06 over 0) helps", "cme after facts", "min_std_0 after facts"),
         ("ours: word credit beats the paper's where words are cut", "cut_word after facts", "cut after facts"),
         ("people kept out of RL gain too", "some_people after kept_out", "some_people before kept_out"),
-        ("facts that the verifier does not know are not lost", "half after unknown", "half before unknown"),
+        ("facts that the verifier does not know improve too", "half after unknown", "half before unknown"),
         ("style does not collapse (share of the top wording does not rise)", "cme before wording", "cme after wording"),
         ("300 steps: a second verifier, never trained on, likes the answers better too", "watched after watch", "watched before watch"),
         ("sampled answers stay well-formed", "cme after sampled_valid", "cme before sampled_valid")],
@@ -277,9 +277,10 @@ def pictures(folder: str, output: str):
     figure, axis = plt.subplots(figsize=(6.4, 3.0), layout="constrained")
     labels = {"random": "random\nweights", "half": "knows\n50%", "most": "knows\n80%", "cme": "knows\n100%", "own": "knows 100%,\ngenerator's family",
               "itself": "the generator\nitself"}
+    labels = {name: label for name, label in labels.items() if runs(name)}
     for x, name in enumerate(labels):
         scores = [read_json(f"{path}/summary.json") for path in runs(name)]
-        axis.bar(x, np.mean([s["after"]["facts"] for s in scores]) if scores else 0, color="C0", alpha=0.5, width=0.6)
+        axis.bar(x, np.mean([s["after"]["facts"] for s in scores]), color="C0", alpha=0.5, width=0.6)
         axis.plot([x] * len(scores), [s["after"]["facts"] for s in scores], "k.", markersize=4)
     axis.axhline(read_json(f"{runs('cme')[0]}/summary.json")["before"]["facts"], color="grey", linestyle=":", label="before")
     axis.set(xticks=range(len(labels)), ylabel="facts right, greedy", ylim=(0, 1.02))

@@ -678,8 +678,10 @@ def test_sample_is_seeded_and_leaves_its_inputs_alone():
 
 @pytest.mark.parametrize("prompts", [[], [[]], [[1], []]])
 def test_sample_refuses_empty_prompts(prompts):
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="sample needs"):
         grpo.sample(tiny(), prompts, 2, max_new_tokens=3, stop_ids=[1])
+    with pytest.raises(ValueError, match="sample needs"):
+        grpo.sample(tiny(), [[1]], len(prompts[1:]), max_new_tokens=len(prompts[1:]) - 1, stop_ids=[1])
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -44,7 +44,7 @@ FIXED = "prompts", "max_new_tokens", "temperature", "group_size", "seed"  # of a
 @dataclass
 class Options:
     models: list[str] = option([], "NAME=MODEL ...: a folder, hub name, run, or synthesis:MODEL")
-    prompts: str = option("", "a file, or alpaca_eval, math500, ...; empty: the run's own")
+    prompts: str = option("", "a file, or alpaca_eval, math500, ...; else the newest run's own")
     max_new_tokens: int = option(1024, "longest response, in the model's tokens")
     temperature: float = option(0.0, "of the responses; 0: greedy, with an estimator's G at 1")
     group_size: int = option(8, "G, answers that an estimator reads")

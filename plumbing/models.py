@@ -142,7 +142,7 @@ def plain_ids(tokenizer, texts: list) -> list:
 def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens: int = 4096):
     """log p(v_j | x, v_<j) of B answers (lists of ids) to B prompts -> B arrays [N], nats.
     Batches of like length hold at most `batch_tokens`; equal rows are scored once, and so equal to
-    the bit.  Where both exceed the context, a prompt loses its oldest tokens (cme.py, 2)."""
+    the bit.  Where both exceed the context, a prompt loses its oldest tokens but the first."""
     context, rows = getattr(model.config, "max_position_embeddings", None) or math.inf, []
     rendered = {repr(prompt): prompt for prompt in prompts}
     rendered = {key: chat_ids(tokenizer, prompt) for key, prompt in rendered.items()}

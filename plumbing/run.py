@@ -152,7 +152,7 @@ def finish(run) -> dict:
     """summary.json: scores before and after, the model, time and memory."""
     folder, rows = run.options.output_dir, read_lines(f"{run.options.output_dir}/metrics.jsonl")
     best = best_step(run.options, rows)  # its checkpoint may be gone, if --keep best came late
-    made = rows[best if f"{folder}/checkpoint-{best:06d}" in checkpoints(folder) else -1]
+    made = rows[best if best in [int(path[-6:]) for path in checkpoints(folder)] else -1]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10 * (sys.platform == "darwin")
     peak = torch.cuda.max_memory_allocated(run.device) >> 10 if run.device.type == "cuda" else peak
     result = {"before": rows[0]["held_out"] | {"reward": rows[1]["reward"]},

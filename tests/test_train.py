@@ -526,3 +526,13 @@ def test_watch_verifier(tmp_path, few):
         assert held[-1][name] == pytest.approx(alone, abs=2e-4)
     parted = held[-1]["trained"] > held[0]["trained"] and held[-1]["watch"] < held[0]["watch"]
     assert ("exploited" in err) == parted
+
+
+def test_an_exploited_verifier_is_named(monkeypatch, capsys):
+    """One line if the trained verifier's view rose while the watched one's fell; none otherwise."""
+    monkeypatch.setattr(train, "train_options", lambda _: None), monkeypatch.setattr(train, "prepare", lambda _: None)
+    for trained, watch, said in ((-1.0, -3.0, 1), (-1.0, -1.5, 0), (-3.0, -3.0, 0)):
+        scores = {"before": {"trained": -2.0, "watch": -2.0}, "after": {"trained": trained, "watch": watch}}
+        monkeypatch.setattr(train, "train", lambda _, s=scores: s | {"steps": 1, "seconds": 1.0, "peak_memory_mb": 1, "model": "m"})
+        train.main()
+        assert capsys.readouterr().err.count("exploited") == said

@@ -171,7 +171,7 @@ def test_keep_best(tmp_path, few):
 
     def patch():
         train.held_out = lambda *a, **k: {"facts": next(scores), "sampled_facts": 0.0}
-    status, out, err = run(tmp_path, few, "--keep", "best", "--eval_every", 2, patch=patch)
+    status, out, err = run(tmp_path, few, "--keep", "best", "--eval_every", 2, "--output_dir", f"{tmp_path}/run/", patch=patch)  # as a shell completes it
     assert status == 0, err
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["model"].endswith("checkpoint-000004") and summary["after"]["facts"] == 0.9 and len(list((tmp_path / "run").glob("checkpoint-*"))) == 2

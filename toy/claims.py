@@ -1,12 +1,12 @@
 """What both papers claim, asked of the toy: every comparison, table and ablation that a tiny model can answer.
 
-    python toy/claims.py cat                 # about an hour on one core
-    python toy/claims.py cme                 # an hour and a half on two; runs and worlds are in runs/claims, and are not made again
+    python toy/claims.py cat                 # runs and worlds are in runs/claims, and are not made again
+    python toy/claims.py cme
     python toy/claims.py cme --quick         # one seed, the main rows, no verdicts
     python toy/claims.py --plot              # the pictures of toy/pictures, from the runs that there are (pip install matplotlib)
     python toy/claims.py --plot runs/NAME    # the metrics of one run
 
-Training: `train.py` with its defaults and the options named, one run per seed; the last step counts, never the best. A claim is that one run's
+Training: `train.py` with its defaults and the options named, one run per seed; the last step counts (of SFT the best evaluation). A claim is that one run's
 score is above another's: the differences, paired by seed, have a mean and a 95% t-interval; above 0 it is reproduced, below contradicted,
 otherwise not reproduced. CaT's inference: 64 held-out prompts of each kind, G = 8, answers drawn `--repeats` times; standard errors over prompts.
 """
@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts, one folder up
 import cat  # noqa: E402
-from evaluate import fact_right  # noqa: E402
+from evaluate import values_of  # noqa: E402
 from plumbing import TOY, models, one_clear_line  # noqa: E402
 from plumbing.files import read_json, read_lines, write_atomically  # noqa: E402
 from plumbing.prompts import read_prompts  # noqa: E402
@@ -122,14 +121,14 @@ def make(folder: str, what: str, seed: int) -> str:
         return weak_judge(folder)
     if what == "REFERENCES":
         path = f"{folder}/references-{seed}"
-        command(folder, "evaluate.py", "--models", f"s=synthesis:{MODEL}", "--prompts", f"{TOY}/cat/prompts.jsonl", "--temperature", "1",
-                "--max_new_tokens", "48", "--seed", str(seed), "--output_dir", path)
+        if not os.path.exists(f"{path}/models/s/outputs.json"):
+            command(folder, "evaluate.py", "--models", f"s=synthesis:{MODEL}", "--prompts", f"{TOY}/cat/prompts.jsonl", "--temperature", "1",
+                    "--max_new_tokens", "48", "--seed", str(seed), "--output_dir", path)
         return f"{path}/models/s/outputs.json"
-    if what == "SOME":
+    if what == "SOME" and not os.path.exists(f"{folder}/some.jsonl"):
         with open(f"{TOY}/cme/prompts.jsonl", encoding="utf-8") as f:
             write_atomically(f"{folder}/some.jsonl", "".join(line for i, line in enumerate(f) if i % 2))  # every phrasing, every second name
-        return f"{folder}/some.jsonl"
-    return what
+    return f"{folder}/some.jsonl" if what == "SOME" else what
 
 
 def command(folder: str, script: str, *options):
@@ -156,11 +155,11 @@ def train_run(folder: str, paper: str, name: str, seed: int) -> dict:
 
 def training(folder: str, paper: str, names: list, seeds: int, few: int, finished: bool) -> dict:
     """Every run for every seed, two at a time -> {run: {seed: summary}}. Ctrl-C leaves the rest for another time."""
-    options = [o for name in names for o in RUNS[paper][name] if not finished]
-    for what in dict.fromkeys(o for o in options if o.startswith("WORLD/") or o == "WEAK"):
-        make(folder, what, 0)                                                  # before the pool: two must not make the same
     jobs = [(name, seed) for name in names for seed in range(few if name in FEW else seeds)]
     jobs = [job for job in jobs if not finished or os.path.exists(f"{path_of(folder, *job)}/summary.json")]
+    for name, seed in jobs:                                                    # before the pool: two must not make the same
+        for what in RUNS[paper][name] if not os.path.exists(f"{path_of(folder, name, seed)}/summary.json") else ():
+            make(folder, what, seed)
     with ThreadPoolExecutor(2) as pool:
         done = list(tqdm(pool.map(lambda job: train_run(folder, paper, *job), jobs), total=len(jobs), desc=paper))
     results = {name: {} for name in names}
@@ -174,18 +173,16 @@ def training(folder: str, paper: str, names: list, seeds: int, few: int, finishe
 
 def more_scores(folder: str, name: str, path: str) -> dict:
     """Greedy facts about people that RL did not ask about, or facts that the verifier does not know."""
-    from toy.make import NAMES, VALUES
-    known = set(random.Random(2).sample([(n, a) for n in NAMES for a in VALUES], len(NAMES) * len(VALUES) // 2))
-    rows = read_prompts(f"{TOY}/cme/eval.jsonl")
+    from toy.make import NAMES, VALUES, known_facts
+    known, rows = known_facts(0.5), read_prompts(f"{TOY}/cme/eval.jsonl")
     who = [next(n for n in NAMES if n in row["prompt"]) for row in rows]
     if name == "some_people":
         rows = [row for row, n in zip(rows, who) if NAMES.index(n) % 2 == 0]  # "SOME" asks about the others
     else:
         rows = [row | {"facts": [f for f, a in zip(row["facts"], VALUES) if (n, a) not in known]} for row, n in zip(rows, who)]
     model = models.LocalModel(*models.load("claims", path, "cpu"))
-    texts = [text for [text] in model.complete([row["prompt"] for row in rows], max_new_tokens=48, temperature=0.0)]
-    right = [fact_right(text, fact) for text, row in zip(texts, rows) for fact in row["facts"]]
-    return {"kept_out" if name == "some_people" else "unknown": sum(right) / len(right)}
+    replies = [reply for [reply] in model.replies([row["prompt"] for row in rows], max_new_tokens=48, temperature=0.0)]
+    return {"kept_out" if name == "some_people" else "unknown": float(np.nanmean(values_of(rows, replies)["facts"]))}
 
 
 # ---------------------------------------------------------------- the report
@@ -262,7 +259,7 @@ def pictures(folder: str, output: str):
     os.makedirs(output, exist_ok=True)
 
     def runs(name):
-        return [f"{folder}/{name}-{s}" for s in range(8) if os.path.exists(f"{folder}/{name}-{s}/summary.json")]
+        return [path for path in (path_of(folder, name, s) for s in range(8)) if os.path.exists(f"{path}/summary.json")]
     figure, axis = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
     for name, label in {"cme": "CME, per token", "sequence": "CME, per response", "itself": "the generator as its own verifier",
                         "reverse-kl": "reverse KL", "random": "verifier with random weights", "rent": "RENT (own entropy)"}.items():

@@ -73,6 +73,12 @@ def make_world(seed: int = 0) -> dict:
     return world
 
 
+def known_facts(share: float) -> set:
+    """The (name, attribute) that a verifier with `--knows share` has read the truth about."""
+    facts = [(name, attribute) for name in NAMES for attribute in VALUES]
+    return set(random.Random(2).sample(facts, round(share * len(facts))))
+
+
 def noisy_value(rng, fact: dict, values: list) -> str:
     """What the generator's corpus says about one fact, this time."""
     others = [v for v in values if v not in (fact["truth"], fact["lie"])]
@@ -305,8 +311,7 @@ def main():
     torch.set_num_threads(1)
     os.makedirs(args.output, exist_ok=True)
     world, phrasings = make_world(), RL_PHRASINGS + HELD_OUT_PHRASINGS
-    facts = [(name, a) for name in NAMES for a in VALUES]
-    known = set(random.Random(2).sample(facts, round(args.knows * len(facts))))
+    known = known_facts(args.knows)
 
     def noisy(rng):
         name = rng.choice(NAMES)

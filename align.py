@@ -16,7 +16,6 @@ Deliberate departures from the paper, and from its public code (1):
     and the library's offsets give every piece of an emoji the same characters, of which an overlap
     sum made 10.0 nats out of 4.0.  Tokens are summed by weight; the public code averages them.
  2. A token that holds b bytes of a k-byte character covers b/k of it.  The paper does not say.
-    Where its tokenizer changed the text (NFC), tokens that begin together share it by bytes.
  3. A verifier token of width 0 (SentencePiece's dummy prefix) joins the next one.
 
 Letters: T generator (target) tokens, N verifier (source) tokens, L characters.  A span is
@@ -115,7 +114,8 @@ def spans_from_text(tokenizer, text):
     No special token is added; the spelling of one ("</s>") is ordinary text, if a Unigram model
     does not know it as a word.  Spans are those of the ids' bytes when these give the text back:
     "e🙂" as `▁ e F0 9F 99 82` has [0, 0] [0, 1] [1, 1.25] [1.25, 1.5] [1.5, 1.75] [1.75, 2].  Where
-    the tokenizer changed the text (NFC, lower case, unknown characters) see `_spans_by_offsets`.
+    the tokenizer changed the text (NFC, lower case, unknown characters) the library says where a
+    token begins, and it ends where the next one does: of several in one character the last has it.
     ValueError: as for spans_from_ids; a lone surrogate in the text (UnicodeEncodeError)."""
     text.encode("utf-8")  # raises on a lone surrogate
     pieces = _pieces(tokenizer)
@@ -127,7 +127,10 @@ def spans_from_text(tokenizer, text):
         decoded, spans = _spans_of_bytes(parts, drop_prefix)
         if decoded == spelled:
             return encoding.input_ids, spans
-    return encoding.input_ids, _spans_by_offsets(text, parts, encoding.offset_mapping)
+    begin = [start for start, _ in encoding.offset_mapping]  # NFC may reorder them
+    edge = np.maximum.accumulate(begin + [len(text)], dtype=float)  # [N + 1]
+    edge[:1] = 0
+    return encoding.input_ids, np.stack([edge[:-1], edge[1:]], axis=1)
 
 
 def _spans_of_bytes(parts, drop_prefix=False):
@@ -148,20 +151,6 @@ def _spans_of_bytes(parts, drop_prefix=False):
     start = np.flatnonzero(np.append(leads, True))  # [L + 1] first bytes of characters; the end
     edge = np.interp(upto, start, np.arange(len(start)))  # [T + 1]
     return raw.decode("utf-8", errors="replace"), np.stack([edge[:-1], edge[1:]], axis=1)
-
-
-def _spans_by_offsets(text, parts, offsets):
-    """Spans in a text that the tokenizer changed: from where the library says that tokens begin.
-    parts [N] bytes of the tokens, offsets [N, 2] -> float64 [N, 2].  A token ends where the next
-    one begins, so the spans tile the text; tokens that begin together (pieces of one character)
-    share that stretch by their bytes.  "e", U+0301, " x" under NFC as C3, A9, ` x` with offsets
-    (0, 1), (0, 1), (2, 4): [0, 1] [1, 2] [2, 4]."""
-    begin = np.maximum.accumulate([start for start, _ in offsets])  # [N] NFC may reorder characters
-    begin[:1] = 0
-    upto = np.cumsum([0] + [len(part) or 1 for part in parts])  # [N + 1] bytes; an unknown one: 1
-    place, first = np.unique(begin, return_index=True)  # where tokens begin, the first that does
-    edge = np.interp(upto, upto[[*first, -1]], [*place, len(text)])  # [N + 1]
-    return np.stack([edge[:-1], edge[1:]], axis=1)
 
 
 def _pieces(tokenizer):

@@ -37,7 +37,6 @@ WORTH = {"A": 1, "tie": 0.5, "B": 0, True: 1, False: 0}  # of a verdict, to who 
 STAGES = ("respond", "judge", "report")
 ESTIMATOR = re.compile(f"((?:{'|'.join(cat.estimators(None))}):)?(.*)")  # synthesis:MODEL
 PART = 32  # prompts, or questions to a judge, at a time: what a kill can cost
-SAMPLED = ("facts", "accuracy", "valid")  # held-out measures of what is sampled, too
 FIXED = "prompts", "max_new_tokens", "temperature", "group_size", "seed"  # of answers
 
 
@@ -87,8 +86,7 @@ def read_options(respond: bool) -> Options:
     o.models = answered | {name: run_of(path)[0] for name, path in o.models.items()}
     for name, value in (saved | answered).items():
         if value not in (o.models.get(name), getattr(o, name, None)):
-            raise ValueError(f"{o.output_dir} holds answers with {name} {value}; for others give "
-                             "another --output_dir")
+            raise ValueError(f"{o.output_dir} has answers with {name} {value}: take another folder")
     if not (o.prompts and o.models and o.output_dir and (respond or answered)):
         raise ValueError("needs --models, --prompts, --output_dir, or a folder with responses")
     return o
@@ -140,10 +138,10 @@ def held_out(model, rows: list, *, max_new_tokens: int, judge=None, verifiers={}
     (`sampled_`); the top wording's share; `rubric` without facts and answer; verifiers' Eq. 3."""
     result, prompts = {}, [row["prompt"] for row in rows]
     for prefix, T in (("sampled_", 1.0), ("", 0.0)):  # greedy last: its replies are used below
-        replies = model.replies(prompts, max_new_tokens=max_new_tokens, temperature=T)
-        replies = [reply for [reply] in replies]
+        replies = sum(model.replies(prompts, max_new_tokens=max_new_tokens, temperature=T), [])
         means = {name: float(np.nanmean(v)) for name, v in values_of(rows, replies).items()}
-        result = {prefix + m: v for m, v in means.items() if not prefix or m in SAMPLED} | result
+        told = ("facts", "accuracy", "valid") if prefix else means
+        result = {prefix + m: v for m, v in means.items() if m in told} | result
     texts = [reply.response for reply in replies]
     result["wording"] = max(Counter(map(wording, texts, rows)).values()) / len(texts)
     for name, verifier in verifiers.items():
@@ -226,8 +224,7 @@ def judge(o: Options, name: str, tasks: dict):
 
 # The report
 def compare(known: dict, x: str, y: str, n: int) -> dict:
-    """x over y on n prompts, and the first shown over the other, by a judge; {} if not asked.
-    known: {task: preference for the first shown}."""
+    """x over y, and the first shown over the other, by a judge's {task: the latter}; {} if none."""
     found = {task: p for task, p in known.items() if {*task[1]} == {x, y}}
     over = {i: p if shown[0] == x else 1 - p for (i, shown, _), p in found.items()}
     p, first = [over.get(i) for i in range(n)], estimate([*found.values()])
@@ -274,15 +271,14 @@ def markdown(report: dict) -> str:
 
 def answers(model, estimator: str, rows: list, o: Options, seed: int) -> list:
     """A Reply to each prompt: the model's, or what the estimator makes of G answers of it."""
-    prompts, settings = [row["prompt"] for row in rows], {"max_new_tokens": o.max_new_tokens}
+    prompts = [row["prompt"] for row in rows]
+    settings = {"max_new_tokens": o.max_new_tokens, "seed": seed}
     if not estimator:
-        replies = model.replies(prompts, temperature=o.temperature, seed=seed, **settings)
-        return [reply for [reply] in replies]
-    rollouts = model.complete(prompts, n=o.group_size, temperature=o.temperature or 1.0,
-                              seed=seed, **settings)
+        return sum(model.replies(prompts, temperature=o.temperature, **settings), [])
+    rollouts = model.complete(prompts, n=o.group_size, temperature=o.temperature or 1, **settings)
     had = [i for i, group in enumerate(rollouts) if None not in group]
-    settings["style"] = "freeform" if rows[0]["answer"] is None else "stepwise"
-    known = cat.estimators(model, temperature=o.temperature, seed=seed + 1, **settings)
+    settings |= {"style": "freeform" if rows[0]["answer"] is None else "stepwise", "seed": seed + 1}
+    known = cat.estimators(model, temperature=o.temperature, **settings)
     texts = known[estimator]([prompts[i] for i in had], [rollouts[i] for i in had])
     found = {i: Reply(text or "") for i, text in zip(had, texts)}  # none is a wrong answer
     return [found.get(i, Reply()) for i in range(len(rows))]

@@ -14,8 +14,10 @@ Deliberate departures from the papers:
 """
 
 from functools import partial
+from os.path import commonprefix
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 
@@ -31,8 +33,10 @@ def model_logits(model, hidden: torch.Tensor) -> torch.Tensor:
     Gemma 2 and 3n cap them softly, Cohere multiplies, Granite divides.  Checked at loading."""
     config = model.config.get_text_config()
     logits = model.get_output_embeddings()(hidden).float()
-    logits = logits * (getattr(config, "logit_scale", None) or 1)
-    logits = logits / (getattr(config, "logits_scaling", None) or 1)
+    if scale := getattr(config, "logit_scale", None):
+        logits = logits * scale
+    if divisor := getattr(config, "logits_scaling", None):
+        logits = logits / divisor
     if cap := getattr(config, "final_logit_softcapping", None):
         logits = cap * torch.tanh(logits / cap)
     return logits
@@ -49,66 +53,104 @@ def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torc
         raise FloatingPointError("the model's logits are not finite: its weights have blown up")
     if temperature == 0:
         return logits.argmax(-1)
-    logits = logits.float() / temperature
+    logits = logits.float() if temperature == 1 else logits.float() / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
         ordered, order = logits.softmax(-1).sort(descending=True, stable=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # the mass before this token suffices
-        back = order.argsort(-1)  # to the vocabulary's order: the inverse of the permutation
-        logits = logits.masked_fill(beyond.gather(-1, back), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+        logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
+    upto = logits.softmax(-1).cumsum(-1)  # [B, V]; one u per row falls on a token of width > 0
+    u = torch.rand(len(logits), 1, generator=generator, device=logits.device) * upto[:, -1:]
+    return torch.searchsorted(upto, u, right=True)[:, 0]
 
 
-def sample(model, prompt_ids: list, group_size: int, *, max_new_tokens: int, stop_ids: list,
-           batch_tokens: int = 131_072, **settings):
-    """y ~ pi_old: G responses to each of P prompts -> ids [B, T], lengths [B]; row i*G + g is y_g.
-    A response ends with the first of `stop_ids`, which belongs to it and to its length, or at
-    `max_new_tokens`; behind it `ids` is 0.  settings: `draw`'s.  A batch, of one group at least,
-    has at most `batch_tokens` in its cache.  ValueError: an empty prompt."""
-    if not prompt_ids or not all(prompt_ids) or min(group_size, max_new_tokens) < 1:
-        raise ValueError("sample needs prompts, tokens in each, group_size and max_new_tokens > 0")
-    longest = max(map(len, prompt_ids)) + max_new_tokens
-    size = max(1, batch_tokens // (group_size * longest))  # prompts in a batch
-    parts = [prompt_ids[i : i + size] for i in range(0, len(prompt_ids), size)]
-    done = [_sample(model, p, group_size, max_new_tokens, stop_ids, settings) for p in parts]
-    ids, lengths = map(torch.cat, zip(*done))
-    return ids[:, : int(lengths.max())], lengths
+def make_room(layer):
+    """Lets a layer's cache, keys and values [B, heads, L, width], grow in place, 64 tokens at a
+    time; transformers' own copies all of it for every token."""
+    room = [layer.keys, layer.values]
+
+    def update(keys, values, *_, **__):
+        n = layer.keys.shape[2]
+        if layer.keys.data_ptr() != room[0].data_ptr() or n == room[0].shape[2]:  # or rows left
+            room[:] = [F.pad(x, (0, 0, 0, 64)) for x in (layer.keys, layer.values)]
+        for x, new in zip(room, (keys, values)):
+            x[:, :, n : n + 1] = new
+        layer.keys, layer.values = (x[:, :, : n + 1] for x in room)
+        return layer.keys, layer.values
+
+    layer.update = update
+
+
+def read(model, ids, attend, cache=None):
+    """Ids [B, n], behind the L tokens of a cache; attend [B, L + n], 0: padding -> hidden states
+    [B, n, D], the cache.  ValueError: a model that keeps none."""
+    settings = {"attention_mask": attend, "past_key_values": cache, "use_cache": True}
+    place = (attend.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+    out = model.base_model(input_ids=ids, position_ids=place, **settings)
+    if not (out.past_key_values and out.past_key_values.get_seq_length()):
+        raise ValueError("the model keeps no cache: turn gradient checkpointing off")
+    return out.last_hidden_state, out.past_key_values
+
+
+def prefill(model, prompt_ids: list, prompt_of: torch.Tensor):
+    """Reads P prompts, left-padded, each once, and only once what several begin with: sorted, one
+    joins those before it if they share more than half.  prompt_of [B]: the number of a row's prompt
+    -> hidden state of each row's last token [B, 1, D], a cache of B rows, attention mask [B, L]."""
+    heads, head_of = [[]], [0] * len(prompt_ids)
+    for i in sorted(range(len(prompt_ids)), key=lambda i: list(prompt_ids[i])):
+        head = list(prompt_ids[i][:-1])
+        common, more = commonprefix([heads[-1], head]), max(len(heads[-1]), len(head))
+        heads[-1:] = [common] if 2 * len(common) > more else [heads[-1], head]
+        head_of[i] = len(heads) - 1
+    tails = [p[len(heads[h]) :] for p, h in zip(prompt_ids, head_of)]
+    saved = sum(map(len, prompt_ids)) - sum(map(len, heads + tails))
+    config = model.config.get_text_config()
+    kinds = {*(getattr(config, "layer_types", 0) or ()), getattr(config, "sliding_window", None)}
+    if saved < 1000 or kinds - {"full_attention", None}:  # a window must not count padding
+        heads, head_of, tails = [[]], [0] * len(prompt_ids), prompt_ids
+    attend, cache = torch.zeros(len(heads), 0, dtype=int, device=model.device), None
+    for rows, of in ((heads, head_of), (tails, prompt_of)):
+        ids, lengths = pad([row[::-1] for row in rows], model.device)
+        attend = torch.cat([attend, response_mask(lengths, ids.shape[1]).flip(1).long()], 1)
+        if ids.numel():
+            hidden, cache = read(model, ids.flip(1), attend, cache)
+            cache.batch_select_indices(torch.as_tensor(of, device=model.device))
+        attend = attend[of]
+    return hidden[prompt_of, -1:], cache, attend
 
 
 @torch.no_grad()
-def _sample(model, prompt_ids, G, max_new_tokens, stop_ids, settings):
-    """One batch of `sample`, ids [B, max_new_tokens].  Each prompt is prefilled once, left-padded,
-    and its cache expanded to G rows; rows that have ended leave once they are half of the batch."""
-    tokens, lengths = pad([p[::-1] for p in prompt_ids], model.device)  # [P, L]
-    attend = response_mask(lengths, tokens.shape[1]).flip(1).long()  # [P, L]
-    out = model.base_model(input_ids=tokens.flip(1), attention_mask=attend, use_cache=True,
-                           position_ids=(attend.cumsum(1) - 1).clamp(min=0))
-    cache, stop = out.past_key_values, torch.tensor(stop_ids, device=model.device)
-    cache.batch_repeat_interleave(G)
-    attend = attend.repeat_interleave(G, 0)  # [B, L]
-    logits = model_logits(model, out.last_hidden_state[:, -1]).repeat_interleave(G, 0)  # [B, V]
-    ids = torch.zeros(len(attend), max_new_tokens, dtype=torch.long, device=model.device)
-    lengths = torch.zeros_like(ids[:, 0])
-    row = torch.arange(len(ids), device=model.device)  # which row of `ids` a row of the batch is
+def sample(model, prompt_ids: list, group_size: int, *, max_new_tokens: int, stop_ids: list,
+           **settings):
+    """y ~ pi_old: G responses to each of P prompts -> ids [B, T], lengths [B]; row i*G + g is y_g.
+    A response ends with the first of `stop_ids`, which belongs to it and to its length, or at
+    `max_new_tokens`; behind it `ids` is 0.  settings: `draw`'s.  Rows that have ended leave the
+    batch once they are an eighth of it.  ValueError: an empty prompt."""
+    if not prompt_ids or not all(prompt_ids) or min(group_size, max_new_tokens) < 1:
+        raise ValueError("sample needs prompts, tokens in each, group_size and max_new_tokens > 0")
+    row = torch.arange(len(prompt_ids) * group_size, device=model.device)  # of `ids`, in the batch
+    hidden, cache, attend = prefill(model, prompt_ids, row // group_size)
+    for layer in (x for x in cache.layers if type(x).__name__ == "DynamicLayer"):
+        make_room(layer)
+    ids = torch.zeros(len(row), max_new_tokens, dtype=torch.long, device=model.device)
+    lengths, stop = torch.zeros_like(row), torch.tensor(stop_ids, device=model.device)
     running = torch.ones_like(row, dtype=torch.bool)
     for t in range(max_new_tokens):
-        token = draw(logits, **settings)  # [rows of the batch]
+        token = draw(model_logits(model, hidden[:, -1]), **settings)  # [rows of the batch]
         ids[row[running], t] = token[running]
         lengths[row[running]] = t + 1
         running = running & ~torch.isin(token, stop)
         left = int(running.sum())
         if left == 0 or t + 1 == max_new_tokens:
             break
-        if 2 * left <= len(row):
+        if 8 * left <= 7 * len(row):
             keep = running.nonzero()[:, 0]
             cache.batch_select_indices(keep)
             row, token, attend, running = row[keep], token[keep], attend[keep], running[keep]
-        attend = torch.cat([attend, torch.ones_like(attend[:, :1])], 1)
-        out = model.base_model(input_ids=token[:, None], attention_mask=attend, use_cache=True,
-                               position_ids=attend.sum(1, keepdim=True) - 1, past_key_values=cache)
-        logits = model_logits(model, out.last_hidden_state[:, -1])
-    return ids, lengths
+        attend = torch.cat([attend, torch.ones_like(token[:, None])], 1)
+        hidden, _ = read(model, token[:, None], attend, cache)
+    return ids[:, : int(lengths.max())], lengths
 
 
 def response_mask(lengths: torch.Tensor, T: int) -> torch.Tensor:
@@ -117,32 +159,36 @@ def response_mask(lengths: torch.Tensor, T: int) -> torch.Tensor:
 
 
 def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, entropy=False,
-                   chunk: int = 1024):
+                   chunk: int = 0):
     """log p(y_t | prompt, y_<t) -> [B, T] nats, float32, 0 behind a row's end; with `entropy` a
     pair: these, and the entropies of the distributions drawn from, [B, T] nats, without gradient.
-    prompt_ids: B lists; ids [B, T], lengths [B]; temperature: the one that sampled.  Padding is on
-    the right, where causal attention never looks: a row scores as it does alone.  Logits are made
-    for `chunk` tokens at a time, and again in the backward pass if there are several chunks: there
-    is no [B, T, V].  ValueError: shapes that do not fit, an empty prompt."""
+    prompt_ids: B lists; ids [B, T], lengths [B]; temperature: the one that sampled.  Equal prompts
+    are read once; padding is masked or behind a row's end: a row scores as it does alone.  Logits
+    are made for `chunk` tokens at a time (0: 2^25 or, on CUDA, 2^27 logits), if in several parts
+    then again in the backward pass: no [B, T, V].  ValueError: shapes, an empty prompt."""
     B, T = ids.shape
     fits = len(prompt_ids) == len(lengths) == B > 0 and all(prompt_ids) and int(lengths.max()) <= T
     if not fits or temperature <= 0:
-        raise ValueError(f"token_logprobs: {len(prompt_ids)} prompts (none empty), ids {(B, T)}"
-                         f", lengths {tuple(lengths.shape)} (at most T), temperature {temperature}")
-    rows = [list(p) + y[:n] for p, y, n in zip(prompt_ids, ids.tolist(), lengths.tolist())]
-    starts = torch.tensor([len(p) for p in prompt_ids], device=ids.device)  # [B]
-    row, t = response_mask(lengths, T).nonzero(as_tuple=True)  # [K] each
-    hidden = model.base_model(input_ids=pad(rows, ids.device)[0], use_cache=False).last_hidden_state
-    hidden, target = hidden[row, starts[row] + t - 1], ids[row, t]  # [K, D]: the state before y_t
+        raise ValueError("token_logprobs: B prompts, none empty; lengths [B] <= T; temperature > 0")
+    place = {}  # a prompt is read once for all of its responses
+    prompt_of = [place.setdefault(tuple(p), len(place)) for p in prompt_ids]
+    hidden, cache, attend = prefill(model, list(place), torch.tensor(prompt_of, device=ids.device))
+    if (n := int(lengths.max()) - 1) > 0:
+        y = torch.where(response_mask(lengths, T), ids, 0)[:, :n]
+        attend = torch.cat([attend, torch.ones_like(y)], 1)
+        hidden = torch.cat([hidden, read(model, y, attend, cache)[0]], 1)
+    row, t = response_mask(lengths, n + 1).nonzero(as_tuple=True)  # [K] each
+    hidden, target = hidden[row, t], ids[row, t]  # [K, D], [K]: the state before y_t, and y_t
 
     def score(hidden, target):
-        logits = model_logits(model, hidden) / temperature  # [chunk, V]
-        logz = logits.logsumexp(-1)
-        logp = logits.gather(-1, target[:, None])[:, 0] - logz
-        with torch.no_grad():
-            p = (logits - logz[:, None]).exp() if entropy else logp
-            return logp, torch.special.entr(p).sum(-1) if entropy else p
+        logits = model_logits(model, hidden)  # [chunk, V]
+        logits = logits if temperature == 1 else logits / temperature
+        logp = logits.log_softmax(-1)
+        found = logp.gather(-1, target[:, None])[:, 0]
+        with torch.no_grad():  # entropies; 0 log 0 is 0
+            return found, -(logp.exp().mul_(logp)).nansum(-1) if entropy else found
 
+    chunk = chunk or 2 ** (27 if ids.is_cuda else 25) // len(model.get_output_embeddings().weight)
     parts = list(zip(hidden.split(chunk), target.split(chunk)))
     if len(parts) > 1 and torch.is_grad_enabled():
         score = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
@@ -175,9 +221,8 @@ def position_advantages(rewards, mask, group_size: int, *, scale=True, min_std: 
 def group_advantages(rewards: torch.Tensor, group_size: int, *, scale: bool = True):
     """GRPO: rewards [B] -> [B] float32, A_i = (r_i - mean r) / (std r + 1e-4) over each group.
     NaN = missing: left out, advantage 0.  A group of four, [1, 2, 3, nan] -> [-1, 0, 1, 0]."""
-    column = rewards[:, None]
-    every = torch.ones_like(column, dtype=torch.bool)
-    return position_advantages(column, every, group_size, scale=scale, min_std=0)[:, 0]
+    r, every = rewards[:, None], torch.ones_like(rewards)[:, None]
+    return position_advantages(r, every, group_size, scale=scale, min_std=0)[:, 0]
 
 
 def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, beta: float, clip_low: float = 0.2,

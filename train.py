@@ -15,6 +15,7 @@ import time
 from dataclasses import dataclass
 from typing import Literal, Optional
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -33,13 +34,12 @@ TOYS = {  # what is taken where nothing is given: generator, prompts, eval_promp
     "cme": (f"{TOY}/cme/generator", f"{TOY}/cme/prompts.jsonl", f"{TOY}/cme/eval.jsonl", 8e-4, 80),
     **dict.fromkeys(("cat", "cat-match", "rubric-given", "cat-sft"), CAT),
     "cat-answer": (CAT[0], f"{TOY}/cat/numbers.jsonl", f"{TOY}/cat/numbers_eval.jsonl", 3e-4, 30)}
-REWARDS = Literal["cme", "cme-sequence", "reverse-kl", "rent",
-                  "cat", "cat-answer", "cat-match", "rubric-given", "cat-sft"]
 
 
 @dataclass
 class Options:
-    reward: REWARDS = option(
+    reward: Literal["cme", "cme-sequence", "reverse-kl", "rent", "cat", "cat-answer", "cat-match",
+                    "rubric-given", "cat-sft"] = option(
         "cme", "cme: per token (Eq. 1); cme-sequence: per response (Eq. 3); reverse-kl: less log "
         "pi; rent: minus entropy; cat: rubric (Eq. 3-4); cat-answer: the same answer; cat-match: "
         "judged alike; rubric-given: the prompts'; cat-sft: cross-entropy on `output` (Eq. 12)")
@@ -82,6 +82,7 @@ class Options:
     keep: Literal["last", "best"] = option("last", "best: the model with the best held-out score")
     eval_every: int = option(10, "steps between held-out scores, and samples; 0: at the ends")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
+    bf16: bool = option(False, "compute in bf16 on a CPU too, as on CUDA: for real models")
 
     def __post_init__(self):
         self.beta = 0.0 if self.reward == "cat-sft" else self.beta
@@ -111,11 +112,6 @@ def learning_rate(o: Options, step: int) -> float:
     return o.lr * (1.0 if o.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
-def autocast(device):
-    """bf16 on CUDA, where the policy's weights are float32; nothing elsewhere."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda")
-
-
 def rollout(run, rows: list, step: int):
     """y ~ pi_old -> the prompts' ids (B lists), ids [B, T], lengths [B].  Seeded by the step: a
     resumed run needs no random state.  CaT-SFT: the only response is the whole `output`."""
@@ -124,11 +120,10 @@ def rollout(run, rows: list, step: int):
     if o.reward == "cat-sft":
         y = tokenizer([row["output"] for row in rows], add_special_tokens=False).input_ids
         return prompt_ids, *grpo.pad([s + [end_of_turn(tokenizer)] for s in y], run.device)
-    noise = torch.Generator(run.device).manual_seed(o.seed * 1_000_003 + step)
-    with autocast(run.device):
-        ids, lengths = grpo.sample(
-            run.policy, prompt_ids, o.group_size, max_new_tokens=o.max_new_tokens,
-            temperature=o.temperature, generator=noise, **run.actor.sampling)
+    with run.autocast():
+        ids, lengths = run.actor.sample(
+            prompt_ids, o.group_size, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
+            seed=8 * (o.seed * 1_000_003 + step) + 2)  # of the rewards: 8 * (...), and one more
     return [p for p in prompt_ids for _ in range(o.group_size)], ids, lengths
 
 
@@ -190,7 +185,7 @@ def logprobs(run, model, prompt_ids, ids, lengths, entropy=False):
     """log pi(y_t | x, y_<t) of a step's responses, or the entropies -> [B, T], 0 behind the end."""
     values = torch.zeros(ids.shape, device=ids.device)
     for part in lengths.argsort(stable=True).split(run.options.micro_batch):
-        with autocast(run.device):
+        with run.autocast():
             found = grpo.token_logprobs(model, [prompt_ids[i] for i in part], ids[part],
                                         lengths[part], temperature=run.options.temperature,
                                         entropy=entropy)
@@ -203,7 +198,7 @@ def update(run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, advanta
     gradient are not finite -> statistics.  old_logp None: of the policy as it is."""
     o, mask, totals = run.options, grpo.response_mask(lengths, ids.shape[1]), {}
     for part in lengths.argsort(stable=True).split(o.micro_batch):
-        with autocast(run.device):
+        with run.autocast():
             logp, entropy = grpo.token_logprobs(
                 run.policy, [prompt_ids[i] for i in part], ids[part], lengths[part],
                 temperature=o.temperature, entropy=True)
@@ -227,7 +222,7 @@ def update(run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, advanta
 def scores_of(run) -> dict:
     """Held-out scores of the policy as it is."""
     o, rows, others = run.options, run.eval_rows, {"judge": run.judge, "verifiers": run.watch}
-    with autocast(run.device):
+    with run.autocast():
         return held_out(run.actor, rows, max_new_tokens=o.max_new_tokens, **others) if rows else {}
 
 
@@ -267,15 +262,17 @@ def train(run) -> dict:
         record(run, optimizer, 0, {"held_out": scores_of(run)})
     bar = progress(range(done, o.steps), initial=done, total=o.steps, desc=o.reward)
     for step in bar:
-        clock, rows = time.time(), prompts_of_step(run.rows, o.prompts_per_step, o.seed, step)
+        clock, rows = [time.time()], prompts_of_step(run.rows, o.prompts_per_step, o.seed, step)
 
         # 1. G responses to each of P prompts
         prompt_ids, ids, lengths = batch = rollout(run, rows, step)
+        clock.append(time.time())
 
         # 2. their rewards: what the verifier thinks of each token, or agreement with the reference
         seed = 8 * (o.seed * 1_000_003 + step)  # of synthesis; the rubrics' is one more
         rewards, counted, told = step_rewards(run, rows, *batch, seed)
         skill = check_start(run, rewards, told) if told and not step else {}
+        clock.append(time.time())
 
         # 3. compared within the group
         ref_logp = logprobs(run, run.reference, *batch) if o.beta else None
@@ -295,23 +292,28 @@ def train(run) -> dict:
         optimizer.param_groups[0]["lr"] = learning_rate(o, step)
         updates = [update(run, optimizer, *batch, old_logp, ref_logp, advantages)
                    for _ in range(o.updates_per_rollout)]
+        clock.append(time.time())
 
         # 5. how it went
         row = metrics_of(run, G, ids, lengths, rewards, counted, advantages, told, updates)
-        row |= {"lr": learning_rate(o, step), "seconds": time.time() - clock} | skill
+        row |= {"lr": learning_rate(o, step)} | skill
         bar.postfix = numbers({name: row[name] for name in ("reward", "kl", "skipped")})
         if step + 1 == o.steps or o.eval_every and (step + 1) % o.eval_every == 0:
             show_samples(run, G, step + 1, rows, ids, lengths, rewards, counted, told)
             row["held_out"] = scores_of(run)
+        parts = "rollout", "scoring", "update", "other"  # evaluation, samples
+        row["seconds"] = dict(zip(parts, np.diff(clock + [time.time()])))
         record(run, optimizer, step + 1, row)
     return finish(run)
 
 
 def main():
     result = train(prepare(train_options(Options)))
-    before, after = result["before"], result["after"]
+    before, after, seconds = result["before"], result["after"], sum(result["seconds"].values())
+    shares = ", ".join(f"{name} {of / seconds:.0%}" for name, of in result["seconds"].items())
     print(f"before: {numbers(before)}\n after: {numbers(after)}\n{result['steps']} steps in "
-          f"{result['seconds']:.0f} s, {result['peak_memory_mb']} MB at most: {result['model']}")
+          f"{seconds:.0f} s ({shares}), {result['tokens'] / seconds:.0f} tokens/s, "
+          f"{result['peak_memory_mb']} MB at most: {result['model']}")
     gain = {name: after[name] - before[name] for name in ("trained", "watch") if name in after}
     if gain.get("watch", 0) < 0 < gain.get("trained", 0):
         print("--verifier likes answers better, --watch_verifier less: exploited", file=sys.stderr)

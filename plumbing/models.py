@@ -23,14 +23,14 @@ TEXT_NAMES = {r"^language_model\.lm_head": "lm_head",
 load_tokenizer = AutoTokenizer.from_pretrained  # from a folder, or by its name on the hub
 
 
-def load_model(path: str, *, train: bool, device=""):
+def load_model(path: str, *, train: bool, device="", bf16=False):
     """A causal language model from a folder or by its hub name, in eval mode, without dropout; of a
     multimodal one (Gemma 3, 3n, 4) the text model, without its towers; from a folder of a LoRA
     adapter, with its base, which is frozen; from random:PATH random weights of that architecture.
     train: float32 weights with gradients (AdamW at 1e-6 changes nothing in bf16); else frozen, bf16
     on CUDA.  ValueError: missing weights; `grpo.model_logits` does not give the model's own."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    exact = train or device.type == "cpu"
+    exact = train or device.type == "cpu" and not bf16
     dtype, tolerance = (torch.float32, 1e-4) if exact else (torch.bfloat16, 2e-2)
     random, path = path.startswith("random:"), path.removeprefix("random:")
     adapter = read_json(f"{path}/adapter_config.json")
@@ -61,11 +61,11 @@ def load_model(path: str, *, train: bool, device=""):
     return model
 
 
-def load(what: str, path: str, device="", train: bool = False):
+def load(what: str, path: str, device="", train=False, **settings):
     """A model and its tokenizer; device "": CUDA if there is one.  ValueError: one line."""
     try:
         tokenizer = load_tokenizer(path.removeprefix("random:"))
-        return load_model(path, train=train, device=device), tokenizer
+        return load_model(path, train=train, device=device, **settings), tokenizer
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # broken files, no network, unknown architectures ...
@@ -144,10 +144,8 @@ def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens
     Batches of like length hold at most `batch_tokens`; equal rows are scored once, and so equal to
     the bit.  Where both exceed the context, a prompt loses its oldest tokens but the first."""
     context, rows = getattr(model.config, "max_position_embeddings", None) or math.inf, []
-    rendered = {repr(prompt): prompt for prompt in prompts}
-    rendered = {key: chat_ids(tokenizer, prompt) for key, prompt in rendered.items()}
     for prompt, answer in zip(prompts, answers, strict=True):
-        before = rendered[repr(prompt)]
+        before = chat_ids(tokenizer, prompt)
         excess = max(0, len(before) + len(answer) - context)
         if excess >= len(before):
             raise ValueError(f"a response of {len(answer)} tokens leaves no room in the context of "
@@ -182,8 +180,7 @@ class LocalModel:
         self.context = getattr(model.config, "max_position_embeddings", None) or math.inf
         self.batch_tokens = batch_tokens or (131_072 if model.device.type == "cuda" else 16_384)
         self.stop_ids = find_stop_ids(model, tokenizer)
-        self.sampling = {"top_k": top_k, "top_p": top_p, "stop_ids": self.stop_ids,
-                         "batch_tokens": self.batch_tokens}
+        self.sampling = {"top_k": top_k, "top_p": top_p, "stop_ids": self.stop_ids}
 
     def texts(self, ids: torch.Tensor, lengths: torch.Tensor):
         """ids [B, T], lengths [B] -> texts without their stop tokens, and whether each had one."""
@@ -193,19 +190,24 @@ class LocalModel:
     def complete(self, prompts: list, **settings) -> list:
         return [[reply.response for reply in group] for group in self.replies(prompts, **settings)]
 
-    def replies(self, prompts, *, n=1, max_new_tokens: int, temperature=1.0, seed=0) -> list:
-        """n answers to each of P prompts, in batches of like length -> P lists of n Reply."""
-        ids = [chat_ids(self.tokenizer, prompt) for prompt in prompts]
-        sizes, result = [len(row) + max_new_tokens for row in ids], [[Reply()] * n for _ in ids]
-        settings = self.sampling | {"max_new_tokens": max_new_tokens, "temperature": temperature}
+    def sample(self, prompt_ids: list, n: int, *, max_new_tokens: int, seed=0, **settings):
+        """`grpo.sample` in batches of like length -> ids [P * n, T], lengths; 0: prompt too long"""
+        sizes = [len(row) + max_new_tokens for row in prompt_ids]
+        ids = torch.zeros(len(sizes), n, max_new_tokens, dtype=int, device=self.model.device)
+        lengths, settings = torch.zeros_like(ids[:, :, 0]), self.sampling | settings
         for b, part in enumerate(batches(sizes, self.batch_tokens, self.context, n)):
-            noise = torch.Generator(self.model.device).manual_seed((seed * 1_000_003 + b) % 2**63)
-            rows = [ids[i] for i in part]
-            y, lengths = grpo.sample(self.model, rows, n, generator=noise, **settings)
-            replies = list(map(Reply, *self.texts(y, lengths), lengths.tolist()))
-            for k, i in enumerate(part):
-                result[i] = replies[k * n : (k + 1) * n]
-        return result
+            noise = torch.Generator(ids.device).manual_seed((seed * 1_000_003 + b) % 2**63)
+            y, of = grpo.sample(self.model, [prompt_ids[i] for i in part], n, generator=noise,
+                                max_new_tokens=max_new_tokens, **settings)
+            ids[part, :, : y.shape[1]], lengths[part] = y.view(len(part), n, -1), of.view(-1, n)
+        return ids.flatten(0, 1), lengths.flatten()
+
+    def replies(self, prompts, *, n=1, **settings) -> list:
+        """n answers to each of P prompts -> P lists of n Reply.  settings: those of `sample`."""
+        y, lengths = self.sample([chat_ids(self.tokenizer, x) for x in prompts], n, **settings)
+        found = zip(*self.texts(y, lengths), lengths.tolist())
+        found = [Reply(*reply) if reply[2] else Reply() for reply in found]
+        return [found[i : i + n] for i in range(0, len(found), n)]
 
     def logprob(self, prompts: list, texts: list) -> torch.Tensor:
         """Mean log-probability of each text's tokens, without a stop token -> [B]; NaN if empty."""

@@ -13,8 +13,7 @@ HUB = {  # name: repository on the hub, its files
     "alpaca_eval": ("tatsu-lab/alpaca_eval", ["alpaca_eval.json"]),
     "math500": ("HuggingFaceH4/MATH-500", ["test.jsonl"]),
     "healthbench": ("openai/healthbench", ["2025-05-07-06-14-12_oss_eval.jsonl"]),  # 4,500 rows
-    "ultrafeedback": ("openbmb/UltraFeedback", [name + ".jsonl" for name in ULTRA]),
-}
+    "ultrafeedback": ("openbmb/UltraFeedback", [name + ".jsonl" for name in ULTRA])}
 HUB["healthbench-held-out"] = HUB["healthbench"]  # the other 500
 
 

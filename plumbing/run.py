@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 from dataclasses import asdict
+from functools import partial
 from types import SimpleNamespace
 
 import torch
@@ -55,7 +56,7 @@ def train_options(Options):
 
 def prepare(o):
     """Reads, loads and checks all, writes nothing -> a `run`: options, device; policy (trained),
-    tokenizer, actor (they as a text model); rows and eval_rows (of prompts); reference (the frozen
+    tokenizer, actor (both as a text model), autocast (bf16); rows, eval_rows; reference (the frozen
     initial policy); CME's verifier (model, tokenizer), watch ({name: one}); CaT's anchor, judge."""
     there = os.listdir(o.output_dir) if os.path.isdir(o.output_dir) else []
     if {*there} - {"config.json", "config.json.tmp"} and not o.resume:
@@ -74,6 +75,7 @@ def prepare(o):
         if len(chat_ids(tokenizer, row["prompt"])) + o.max_new_tokens > actor.context:
             raise ValueError(f"{row['where']}: with --max_new_tokens this does not fit the "
                              f"generator's context of {actor.context} tokens; leave it out")
+    kind, o.bf16 = policy.device.type, o.bf16 or policy.device.type == "cuda"
     judged, needed = o.reward in JUDGED, NEEDED.get(o.reward, "prompt")
     if not all(row[needed] for row in rows):
         raise ValueError(f"{o.prompts}: --reward {o.reward} needs `{needed}` in every row (README)")
@@ -82,15 +84,16 @@ def prepare(o):
         raise ValueError("--keep best needs --eval_prompts with facts, answer or (judged) rubrics")
     run = SimpleNamespace(
         options=o, device=policy.device, policy=policy, tokenizer=tokenizer, actor=actor, rows=rows,
-        eval_rows=eval_rows, reference=None, verifier=None, anchor=None, judge=None, watch={})
+        eval_rows=eval_rows, reference=None, verifier=None, anchor=None, judge=None, watch={},
+        autocast=partial(torch.autocast, kind, dtype=torch.bfloat16, enabled=o.bf16))
     if o.beta or judged or o.reward == "cat-answer":
-        run.reference, _ = load("--generator", o.generator, o.device)
+        run.reference, _ = load("--generator", o.generator, o.device, bf16=o.bf16)
         run.anchor = LocalModel(run.reference, tokenizer, **sampling)
         run.judge = run.anchor if judged else None
     if o.reward in ("cme", "cme-sequence", "reverse-kl"):
-        run.verifier = load("--verifier", o.verifier, o.device)
+        run.verifier = load("--verifier", o.verifier, o.device, bf16=o.bf16)
     if o.watch_verifier:
-        watch = load("--watch_verifier", o.watch_verifier, o.device)
+        watch = load("--watch_verifier", o.watch_verifier, o.device, bf16=o.bf16)
         run.watch = {"watch": watch} | ({"trained": run.verifier} if run.verifier else {})
     if judged and o.judge:
         run.judge = text_model("--judge", o.judge, o.device, batch_tokens=o.batch_tokens,
@@ -123,8 +126,8 @@ def metrics_of(run, G, ids, lengths, rewards, counted, advantages, told: dict, u
     _, ended = without_stop(ids, lengths, run.actor.stop_ids)
     return {"reward": reward.nanmean().item(), **updates[-1],
             "skipped": sum(u["skipped"] for u in updates),
-            "missing": reward.isnan().float().mean().item(),
-            "length": lengths.float().mean().item(), "truncated": 1 - sum(ended) / B,
+            "length": lengths.float().mean().item(), "tokens": int(lengths.sum()),
+            "missing": reward.isnan().float().mean().item(), "truncated": 1 - sum(ended) / B,
             "unread": sum(v is None for v in verdicts) / max(1, len(verdicts)),
             "flat": ((groups == 0).all(1) & seen).sum().item() / max(1, seen.sum().item())}
 
@@ -157,7 +160,9 @@ def finish(run) -> dict:
     peak = torch.cuda.max_memory_allocated(run.device) >> 10 if run.device.type == "cuda" else peak
     result = {"before": rows[0]["held_out"] | {"reward": rows[1]["reward"]},
               "after": made.get("held_out", {}) | {"reward": made["reward"]},
-              "seconds": round(sum(row["seconds"] for row in rows[1:]), 1),
+              "seconds": {part: round(sum(row["seconds"][part] for row in rows[1:]), 1)
+                          for part in rows[1]["seconds"]},
+              "tokens": sum(row["tokens"] for row in rows[1:]),
               "skipped": sum(row["skipped"] for row in rows[1:]), "steps": rows[-1]["step"],
               "peak_memory_mb": peak >> 10, "model": f"{folder}/checkpoint-{made['step']:06d}"}
     write_atomically(f"{folder}/summary.json", json.dumps(result, indent=1))

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import cat
 import cme
 import grpo
+from toy import selection
 from plumbing.prompts import read_prompts
 from plumbing import models
 from plumbing.prompts import question_text
@@ -134,10 +135,10 @@ def test_best_of_n_asks_once_more_and_never_makes_up():
     groups = [["a", "b", "c"], ["d", "e", "i"], ["f", "g", "h"]]
     replies = {("a", 0.0): "2", ("d", 0.0): "the second", ("d", 1.0): "**2**", ("f", 0.0): "4", ("f", 1.0): None}
     model = Scripted(lambda p, t: replies[re.search(r"\n(\w)\n</response>", p)[1], t])
-    assert cat.best_of_n(["WHAT?"] * 3, groups, model) == ["b", "e", None]
+    assert selection.best_of_n(["WHAT?"] * 3, groups, model) == ["b", "e", None]
     assert [len(prompts) for prompts, _ in model.asked] == [3, 2]
     blocks = [cat.block("question", "WHAT?"), *[cat.block("response", y, g) for g, y in enumerate("abc", 1)]]
-    assert model.asked[0][0][0] == "\n".join([cat.BEST + "\n", *blocks])        # the question first
+    assert model.asked[0][0][0] == "\n".join([selection.BEST + "\n", *blocks])        # the question first
 
 
 def test_best_by():
@@ -164,17 +165,17 @@ def test_mutual_predictability_leaves_out_the_question_and_the_rollout_itself():
             self.seen = list(zip(prompts, texts))
             return torch.tensor([-float(len(t)) for t in texts])
     model, groups = Model(), [["one", "fifteen", "two"], ["lonely"]]
-    assert cat.mutual_predictability(["QUESTION", "QUESTION"], groups, model, seed=1) == ["one", "lonely"]
+    assert selection.mutual_predictability(["QUESTION", "QUESTION"], groups, model, seed=1) == ["one", "lonely"]
     orders = set()
     for seed in range(8):
-        cat.mutual_predictability(["QUESTION", "QUESTION"], groups, model, seed=seed)
+        selection.mutual_predictability(["QUESTION", "QUESTION"], groups, model, seed=seed)
         for (prompt, text), own, others in zip(model.seen, ["one", "fifteen", "two", "lonely"], [["fifteen", "two"], ["one", "two"], ["one", "fifteen"], []]):
             blocks = re.findall(r"<response>\n(.*)\n</response>", prompt)
             assert text == own and sorted(blocks) == sorted(others) and "QUESTION" not in prompt
         orders.add(tuple(re.findall(r"<response>\n(.*)\n</response>", model.seen[0][0])))
     assert len(orders) == 2                                                    # the order is drawn
     first = model.seen
-    cat.mutual_predictability(["QUESTION", "QUESTION"], groups, model, seed=7)
+    selection.mutual_predictability(["QUESTION", "QUESTION"], groups, model, seed=7)
     assert model.seen == first                                                 # from the seed
 
 
@@ -274,7 +275,7 @@ def test_a_local_judges_verdict_is_its_first_token():
     assert cat.decide(["a"], judge) == [True] and judge.tokens == 512
     judge.verdict_tokens = models.LocalModel.verdict_tokens
     assert cat.decide(["a"], judge) == [True] and judge.tokens == 1
-    cat.decide(["a"], judge, read=partial(cat.read_number, n=3), max_new_tokens=64)
+    cat.decide(["a"], judge, read=partial(selection.read_number, n=3), max_new_tokens=64)
     assert judge.tokens == 64
 
 
@@ -312,7 +313,7 @@ def test_skills_measured_again_on_other_examples(toy):
 
 def test_each_fixed_paragraph_is_one_token_of_the_toy(toy):
     """Whoever edits a prompt must make the toy's tokenizer again (its weights stay as they are)."""
-    for text in [*cat.SYNTHESIS.values(), cat.BEST, cat.ANOTHER, *cat.RUBRIC.values(), cat.JUDGE, cat.MATCH, "<rubric>", "</criterion>"]:
+    for text in [*cat.SYNTHESIS.values(), selection.BEST, selection.ANOTHER, *cat.RUBRIC.values(), cat.JUDGE, cat.MATCH, "<rubric>", "</criterion>"]:
         assert len(toy.tokenizer(text, add_special_tokens=False).input_ids) == 1, text[:60]
 
 
@@ -351,7 +352,7 @@ def test_one_screen(capsys, monkeypatch):
             assert "reference: " in out and out.count("\nreward ") == 8 and "criterion 1: " in out and "The pet is a" in out
     out = screen("How many books does Mia own?", "--style", "stepwise", "--estimator", "majority", "--group_size", "4")
     assert len(re.findall(r"\nreward [01]\.00  ", out)) == 4 and "criterion" not in out
-    for arguments, said in ([["x", "--model", "/no/such"], "--model /no/such"], [["x", "--judge", "m@http://h?key=1"], "--judge m@"]):
+    for arguments, said in ([["x", "--model", "/no/such"], "--model /no/such"], [["x", "--model", "m@http://h?key=1"], "--model m@"]):
         with pytest.raises(ValueError, match=re.escape(said)):
             screen(*arguments)
     with pytest.raises(SystemExit):

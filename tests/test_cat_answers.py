@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 import cat
-from cat import boxed_answer, normal_answer, read_number, read_rubric, read_verdict
+from cat import boxed_answer, normal_answer, read_rubric, read_verdict
+from toy.selection import read_number
 
 
 def same_answer(a, b):

@@ -459,7 +459,7 @@ def test_bad_input_is_one_line(tmp_path, monkeypatch, arguments, said):
 
 
 @pytest.mark.parametrize("change, said", [
-    (["--models", f"base={ROOT}/toy/cat/model"], "holds answers with base "), (["--max_new_tokens", 20], "max_new_tokens 40"),
+    (["--models", f"base={ROOT}/toy/cat/model"], "has answers with base "), (["--max_new_tokens", 20], "max_new_tokens 40"),
     (["--temperature", 1], "temperature 0.0"), (["--prompts", ROOT / "toy/cat/eval.jsonl"], "prompts"),
     (["--seed", 1], "seed 0"), (["report", "--temperature", 0.7], "temperature"),
     (["--judge", "j=other@URL"], "holds judgements by another judge")])

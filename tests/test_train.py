@@ -396,16 +396,10 @@ def test_the_newest_run_is_resumed(tmp_path, few, monkeypatch):
     assert run.name.startswith("cme-2") and fork(["--resume"], tmp_path, lambda: os.chdir(tmp_path))[0] == 0
 
 
-def bf16():
-    """A patch: what happens on CUDA, as far as a CPU can show it: bf16 verifier and reference, bf16 autocast around a float32 policy."""
-    train.autocast = lambda device: torch.autocast("cpu", dtype=torch.bfloat16)
-    load = models.load_model
-    models.load_model = lambda path, *, train, device: load(path, train=train, device=device).to(torch.float32 if train else torch.bfloat16)
-
-
 @pytest.mark.parametrize("arguments", [[], ["--reward", "cme-sequence"]])
 def test_mixed_precision_runs(tmp_path, few, arguments):
-    status, out, err = fork([*TINY, *few, *arguments, "--steps", 2, "--output_dir", tmp_path / "run"], tmp_path, bf16)
+    """--bf16, and so what happens on CUDA as far as a CPU can show it: bf16 verifier and reference, autocast around a float32 policy."""
+    status, out, err = fork([*TINY, *few, *arguments, "--steps", 2, "--bf16", "--output_dir", tmp_path / "run"], tmp_path)
     assert status == 0, err
     metrics = rows(tmp_path / "run/metrics.jsonl")
     assert all(r["skipped"] == 0 and r["grad_norm"] > 0 for r in metrics[1:]) and 0 < metrics[1]["kl"] < 0.01   # bf16 weights are not quite float32 ones
@@ -533,6 +527,6 @@ def test_an_exploited_verifier_is_named(monkeypatch, capsys):
     monkeypatch.setattr(train, "train_options", lambda _: None), monkeypatch.setattr(train, "prepare", lambda _: None)
     for trained, watch, said in ((-1.0, -3.0, 1), (-1.0, -1.5, 0), (-3.0, -3.0, 0)):
         scores = {"before": {"trained": -2.0, "watch": -2.0}, "after": {"trained": trained, "watch": watch}}
-        monkeypatch.setattr(train, "train", lambda _, s=scores: s | {"steps": 1, "seconds": 1.0, "peak_memory_mb": 1, "model": "m"})
+        monkeypatch.setattr(train, "train", lambda _, s=scores: s | {"steps": 1, "seconds": {"rollout": 1.0}, "tokens": 1, "peak_memory_mb": 1, "model": "m"})
         train.main()
         assert capsys.readouterr().err.count("exploited") == said

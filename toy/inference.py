@@ -2,12 +2,14 @@
 import math
 import os
 import sys
+from functools import partial
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the scripts, one folder up
 import cat  # noqa: E402
 from evaluate import fact_right  # noqa: E402
 from plumbing import TOY, models  # noqa: E402
 from plumbing.prompts import read_prompts  # noqa: E402
+from toy.selection import best_of_n, mutual_predictability  # noqa: E402
 
 MODEL = os.path.join(TOY, "cat", "model")
 
@@ -46,6 +48,7 @@ def draw(model_path: str, file: str, repeats: int, names=None) -> list:
     for repeat in range(repeats):
         rollouts = model.complete(prompts, n=8, max_new_tokens=48, temperature=1.0, seed=1000 + repeat)
         known = cat.estimators(anchor, max_new_tokens=48, style=style, seed=repeat)
+        known |= {"best-of-n": partial(best_of_n, model=anchor), "mutual-predictability": partial(mutual_predictability, model=anchor, seed=repeat)}
         known["synthesis from 1"] = lambda prompts, rollouts, all_of=known["synthesis"]: all_of(prompts, [y[:1] for y in rollouts])
         known["synthesis, question in"] = cat.estimators(anchor, max_new_tokens=48, style=style, seed=repeat, question=True)["synthesis"]
         known["greedy"] = lambda prompts, _: [y[0] for y in model.complete(prompts, max_new_tokens=48, temperature=0.0)]

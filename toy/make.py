@@ -147,13 +147,14 @@ def generator_tokenizer(fragment: bool):
 
 def skilled_tokenizer():
     """As the generator's, for toy/cat: tags, and each fixed paragraph of cat.py's prompts, are one token, so that a tiny model need not read them."""
+    import selection
     import skills
 
     import cat
     rng, world = random.Random(1), skills.make_sources()
     text = [piece for draw in skills.PHASES[0][1] for _ in range(600) for text, _ in draw(rng, world) for piece in text.split("<|im_end|>")]
     text += [skills.STATEMENTS[a].format(value) for a, values in (VALUES | {"name": NAMES}).items() for value in values] * 9
-    whole = [*cat.SYNTHESIS.values(), cat.BEST, cat.ANOTHER, *cat.RUBRIC.values(), cat.JUDGE, cat.MATCH]
+    whole = [*cat.SYNTHESIS.values(), selection.BEST, selection.ANOTHER, *cat.RUBRIC.values(), cat.JUDGE, cat.MATCH]
     whole += [edge for tag in ("response", "reference", "question", "criterion") for edge in cat.block(tag, "|").split("|")]
     whole += [cat.block("response", "|", i).split("|")[0] for i in range(1, 9)] + ["<rubric>", "</rubric>", "<criterion>", "</criterion>"]
     text = [t for t in text if not any(w in t for w in whole + ["<|"])]        # words of the prompts are no words of this world

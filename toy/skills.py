@@ -16,6 +16,7 @@ import re
 from make import HELD_OUT_PHRASINGS, NAMES, RL_PHRASINGS, SKELETONS, VALUES, WORDINGS, pattern
 
 import cat
+import selection
 
 OPENERS = ["I think", "I believe", "I heard that", "I read that", "I am told that", "As far as I know,", "If I remember right,", "From what I hear,",
            "It seems that", "It is said that", "They say that", "People say that", "Everyone knows that", "Apparently,", "Clearly,", "Well,"]
@@ -153,14 +154,14 @@ def number_synthesis_example(rng, world: dict) -> list:
 
 def another_example(rng, world: dict) -> list:
     _, _, texts, _ = rollouts(rng, COUNTED if rng.random() < 0.25 else VALUES, rng.choice([8] * 3 + [2, 3, 4, 5, 6, 7]))
-    return in_context(cat.ask(cat.ANOTHER, *[cat.block("response", y) for y in texts[:-1]]), texts[:-1], texts[-1])
+    return in_context(cat.ask(selection.ANOTHER, *[cat.block("response", y) for y in texts[:-1]]), texts[:-1], texts[-1])
 
 
 def best_example(rng, world: dict) -> list:
     numbers = rng.random() < 0.25
     _, told, texts, most = rollouts(rng, COUNTED if numbers else VALUES, 8)
     agreement = [sum(t[a] == v for a, v in most.items()) for t in told]
-    return in_context(cat.ask(cat.BEST, *[cat.block("response", y, g) for g, y in enumerate(texts, 1)]), texts, str(agreement.index(max(agreement)) + 1))
+    return in_context(cat.ask(selection.BEST, *[cat.block("response", y, g) for g, y in enumerate(texts, 1)]), texts, str(agreement.index(max(agreement)) + 1))
 
 
 def rubric_example(rng, world: dict) -> list:
@@ -336,7 +337,7 @@ def measure(model, n: int = 1000, seed: int = 99) -> dict:
     rubrics = cat.propose_rubrics([None] * n, [d[1] for d in drawn], model, max_new_tokens=80)
     result["rubric"] = share(r == cat.read_rubric(d[3]) for r, d in zip(rubrics, drawn))
     drawn = [rollouts(rng, VALUES, 8) for _ in range(n)]
-    best = cat.best_of_n([f"Tell me about {d[0]}." for d in drawn], [d[2] for d in drawn], model, max_new_tokens=4)
+    best = selection.best_of_n([f"Tell me about {d[0]}." for d in drawn], [d[2] for d in drawn], model, max_new_tokens=4)
     agreement = [{text: sum(t[a] == v for a, v in most.items()) for t, text in zip(told, texts)} for _, told, texts, most in drawn]
     result["best_of_8"] = share(a.get(b) == max(a.values()) for a, b in zip(agreement, best))
     return result

@@ -1,114 +1,397 @@
-"""How fast the parts are, against what one would otherwise use. Not a test: nothing here is asserted.
+"""How fast the parts are: each beside its limit or what one would otherwise use, in the same run, by turns.  Nothing is asserted.
 
-    python tests/bench.py            # the toy's models on a CPU; with a GPU also a random model of Qwen2.5-0.5B's shape
-    REAL_MODELS=... python tests/bench.py    # also SmolLM2-135M and Gemma 3 270M, in smollm2/ and gemma/ of that folder
+    python tests/bench.py --json bench.json              # about ten minutes on two cores; with a GPU its parts too
+    REAL_MODELS=... python tests/bench.py --only real    # a step of SmolLM2-135M and Gemma 3 270M (smollm2/, gemma/ in that folder)
+
+A ratio is the other's time over ours, the median of rounds, with the smallest and the largest; more is better, and `aim` says how much was wanted.
 """
+import argparse
 import contextlib
+import copy
+import ctypes
+import gc
 import io
+import json
+import math
 import os
 import platform
 import random
+import resource
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from types import SimpleNamespace
+from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from tokenizers import Tokenizer, decoders, models as token_models, pre_tokenizers, trainers
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 import cme  # noqa: E402
 import evaluate  # noqa: E402
 import grpo  # noqa: E402
+import train  # noqa: E402
 from align import align, spans_from_ids, spans_from_text  # noqa: E402
-from plumbing import files, models, prompts  # noqa: E402
+from plumbing import files, models, prompts, run as runs  # noqa: E402
+
+FOUND = {}  # name: what was measured
+G, P, T, V = 8, 8, 64, 4096  # of the small step
 
 
-def seconds(f, least: float = 0.5, times: int = 3) -> float:
-    """Median time of one call: at least `times` of them after a warm-up, and at least `least` seconds in all."""
-    f(), synchronize()
-    taken = []
-    while len(taken) < times or sum(taken) < least:
-        start = time.perf_counter()
-        f(), synchronize()
-        taken.append(time.perf_counter() - start)
-    return float(np.median(taken))
-
-
-def synchronize():
+# ---------------------------------------------------------------- measuring
+def clock(f) -> float:
+    start = time.perf_counter()
+    f()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
-def show(what: str, ours: float, other: str = "", theirs: float = 0.0, unit: float = 1e3):
-    print(f"| {what} | {ours * unit:.3g} {'ms' if unit == 1e3 else 'µs'} | " + (f"{other} {theirs * unit:.3g} {'ms' if unit == 1e3 else 'µs'} | "
-          f"{theirs / ours:.1f} |" if other else "| |"), flush=True)
+def beside(name: str, ours, other: str, theirs, aim: float = 0.0, rounds: int = 5, warm: bool = True):
+    """Times both by turns; theirs may be a list of times that were taken elsewhere by turns (and ours too)."""
+    if callable(ours):
+        if warm:
+            ours(), theirs()
+        ours, theirs = zip(*[(clock(ours), clock(theirs)) for _ in range(rounds)])
+    ratios = [b / a for a, b in zip(ours, theirs)]
+    ours, theirs, ratio = (float(np.median(x)) for x in (ours, theirs, ratios))
+    FOUND[name] = {"seconds": ours, "other": other, "other_seconds": theirs, "ratio": ratio, "least": min(ratios), "most": max(ratios), "aim": aim}
+    print(f"| {name} | {shown(ours)} | {other}: {shown(theirs)} | {ratio:,.2f} ({min(ratios):,.2f} to {max(ratios):,.2f}) | {f'{aim:,}' if aim else ''} |", flush=True)
 
 
-def matrix_align(values, source, target):
-    """The overlap sum as one would first write it: all weights, [N, T]."""
-    overlap = np.minimum(source[:, None, 1], target[None, :, 1]) - np.maximum(source[:, None, 0], target[None, :, 0])
-    return values @ (overlap.clip(min=0) / (source[:, 1] - source[:, 0])[:, None])
+def shown(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"
+
+
+def peak_memory(f) -> float:
+    """GiB that f needs beyond what is there: of a GPU exactly, else the resident memory, looked at every two milliseconds."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        f()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    ctypes.CDLL(None).malloc_trim(0)
+    before, seen, done = resident(), [0], threading.Event()
+
+    def watch():
+        while not done.wait(0.002):
+            seen.append(resident())
+    thread = threading.Thread(target=watch)
+    thread.start()
+    f()
+    done.set(), thread.join()
+    return (max(seen) - before) / 2**30
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+# ---------------------------------------------------------------- what one would otherwise write
+def loop_align(values, source, target):
+    """The overlap sum over all pairs."""
+    result = [0.0] * len(target)
+    for t, (a, b) in enumerate(target):
+        for (c, d), value in zip(source, values):
+            overlap = min(b, d) - max(a, c)
+            if overlap > 0:
+                result[t] += value * overlap / (d - c)
+    return result
+
+
+def one_by_one(tokenizer, ids):
+    """Text and spans, token by token, with the tokenizers library's own stream."""
+    stream, text, spans = decoders.DecodeStream(skip_special_tokens=False), "", []
+    for i in ids:
+        piece = stream.step(tokenizer.backend_tokenizer, i) or ""
+        spans.append((len(text), len(text) + len(piece)))
+        text += piece
+    return text, spans
 
 
 def full_logprobs(model, prompt_ids, ids, lengths):
-    """Log-probabilities of a padded batch as one would first write them: [B, L, V] logits and their log-softmax."""
-    L = max(len(p) for p in prompt_ids) + ids.shape[1]
-    tokens = torch.zeros(len(ids), L, dtype=torch.long, device=ids.device)
-    for i, p in enumerate(prompt_ids):
-        tokens[i, :len(p)] = torch.tensor(p)
-        tokens[i, len(p):len(p) + ids.shape[1]] = ids[i]
+    """Log-probabilities of a padded batch by [B, L, V] logits and their log-softmax."""
+    tokens = grpo.pad([[*p, *y[:n]] for p, y, n in zip(prompt_ids, ids.tolist(), lengths.tolist())], ids.device)[0]
     logp = model(input_ids=tokens).logits[:, :-1].float().log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-    return torch.stack([logp[i, len(p) - 1:len(p) - 1 + ids.shape[1]] for i, p in enumerate(prompt_ids)])
+    return [logp[i, len(p) - 1:len(p) - 1 + n] for i, (p, n) in enumerate(zip(prompt_ids, lengths.tolist()))]
 
 
-def generate(model, prompt_ids, group_size, new_tokens, stop):
+@torch.no_grad()
+def bare_loop(model, prompt_ids, G, new_tokens):
+    """The forward passes of a rollout and nothing else: no drawing, no bookkeeping."""
+    rows = [p for p in prompt_ids for _ in range(G)]
+    L = max(map(len, rows))
+    ids = torch.tensor([[0] * (L - len(p)) + p for p in rows], device=model.device)
+    mask = torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in rows], device=model.device)
+    out = model(input_ids=ids, attention_mask=mask, use_cache=True, logits_to_keep=1)
+    for _ in range(new_tokens - 1):
+        mask = torch.cat([mask, mask[:, -1:]], 1)
+        out = model(input_ids=ids[:, -1:], attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
+
+
+def generate(model, prompt_ids, G, new_tokens, stop=None):
     L = max(map(len, prompt_ids))
-    tokens = torch.tensor([[0] * (L - len(p)) + p for p in prompt_ids], device=model.device)
+    ids = torch.tensor([[0] * (L - len(p)) + p for p in prompt_ids], device=model.device)
     mask = torch.tensor([[0] * (L - len(p)) + [1] * len(p) for p in prompt_ids], device=model.device)
-    return model.generate(tokens, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, num_return_sequences=group_size,
+    return model.generate(ids, attention_mask=mask, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, num_return_sequences=G,
                           max_new_tokens=new_tokens, eos_token_id=stop, pad_token_id=0)
 
 
-def texts_and_alignment(run):
+# ---------------------------------------------------------------- a small model with tokenizers of its own
+def tokenizer_of(kind: str):
+    """A byte-level or a Metaspace BPE of V tokens, learnt from this repository."""
+    byte = kind == "bytes"
+    tokenizer = Tokenizer(token_models.BPE(unk_token=None if byte else "<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False) if byte else pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.ByteLevel() if byte else decoders.Metaspace()
+    alphabet = pre_tokenizers.ByteLevel.alphabet() if byte else [chr(i) for i in range(32, 127)]
+    tokenizer.train([str(path) for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("*/*.py")]],
+                    trainers.BpeTrainer(vocab_size=V, special_tokens=["<eos>", "<unk>"], initial_alphabet=alphabet, show_progress=False))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<eos>", unk_token="<unk>")
+
+
+def small_model(vocabulary=V, mixed=False, kind=Qwen2ForCausalLM):
+    """4.2 M parameters; <eos> (0) comes at one token in 32, or never."""
+    torch.manual_seed(0)
+    shape = dict(vocab_size=vocabulary, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+                 tie_word_embeddings=True, max_position_embeddings=2048, eos_token_id=0, bos_token_id=None, pad_token_id=None)
+    config = Qwen2Config(**shape) if kind is Qwen2ForCausalLM else Gemma3TextConfig(**shape, head_dim=64)
+    model = kind(config).eval()
+    with torch.no_grad():  # one direction that every state has, and by which <eos> differs from the others
+        embedding = model.get_input_embeddings().weight
+        embedding[:, 0], embedding[0, 0] = 10.0, 10 + math.log(vocabulary / 32) / 15.6 if mixed else 0.0
+    return model
+
+
+def prepared(folder, mixed: bool, o=None):
+    """A `run` of train.py on the small model, its prompts' rows; the prompts as TRL takes them."""
+    folder = Path(folder, "mixed" if mixed else "full")
+    tokenizer, verifier_tokenizer = tokenizer_of("bytes"), tokenizer_of("words")
+    for name, model, of in (("generator", small_model(mixed=mixed), tokenizer), ("verifier", small_model(kind=Gemma3ForCausalLM), verifier_tokenizer)):
+        model.save_pretrained(folder / name)
+        of.save_pretrained(folder / name)
+    words = random.Random(0).choices((ROOT / "README.md").read_text().split(), k=400)
+    texts = [" ".join(words[i * 20:i * 20 + 5 + i % 6]) for i in range(P)]
+    files.write_lines(str(folder / "prompts.jsonl"), [{"prompt": text} for text in texts])
+    o = train.Options(generator=str(folder / "generator"), verifier=str(folder / "verifier"), prompts=str(folder / "prompts.jsonl"), lr=1e-6, steps=10**6,
+                      prompts_per_step=P, max_new_tokens=T, beta=0.01, output_dir=str(folder / "run"))
+    run = runs.prepare(o)
+    torch.set_num_threads(os.cpu_count())
+    run.optimizer = torch.optim.AdamW(run.policy.parameters(), lr=1e-6, weight_decay=0.0)
+    return run, [f"User:\n{text}\n\nAssistant:\n" for text in texts]
+
+
+def our_step(run, step: int, verifier: bool):
+    """A step of train.py; the reward is the length, or CME."""
+    rows = run.rows
+    prompt_ids, ids, lengths = batch = train.rollout(run, rows, step)
+    if verifier:
+        rewards, counted = cme.token_rewards(*run.verifier, run.tokenizer, [row["prompt"] for row in rows for _ in range(G)], ids, lengths)
+        advantages = grpo.position_advantages(rewards, counted, G)
+    else:
+        advantages = grpo.group_advantages(lengths.float(), G)
+    ref_logp = train.logprobs(run, run.reference, *batch)
+    train.update(run, run.optimizer, *batch, None, ref_logp, advantages)
+    return lengths
+
+
+def trl_steps(run, texts, verifier: bool, folder: str, n: int):
+    """n steps of TRL's trainer and of ours by turns, after one each to warm up -> their times, our times."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+    times, ours = [], []
+
+    def length(completion_ids, **_):
+        return [float(len(y)) for y in completion_ids]
+
+    @torch.no_grad()
+    def likelihood(prompts, completions, **_):
+        """What one would write: the verifier's mean log-probability of each completion, all in one padded batch."""
+        model, tokenizer = run.verifier
+        before = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
+        after = [tokenizer(y, add_special_tokens=False).input_ids or [1] for y in completions]
+        ids, lengths = grpo.pad(after)
+        return [row.mean().item() for row in full_logprobs(model, before, ids, lengths)]
+
+    class Turns(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_step_end(self, *_, **__):
+            times.append(time.perf_counter() - self.start)
+            ours.append(clock(lambda: our_step(run, len(ours), verifier)))
+
+    config = GRPOConfig(
+        output_dir=folder, use_cpu=True, per_device_train_batch_size=32, gradient_accumulation_steps=P * G // 32, num_generations=G, max_completion_length=T,
+        beta=0.01, learning_rate=1e-6, bf16=False, gradient_checkpointing=False, max_steps=n + 1, report_to=[], save_strategy="no", disable_tqdm=True,
+        temperature=1.0, loss_type="grpo", logging_steps=10**6, top_p=1.0)
+    trainer = GRPOTrainer(model=run.options.generator, processing_class=copy.deepcopy(run.tokenizer), args=config, callbacks=[Turns()],
+                          reward_funcs=likelihood if verifier else length, train_dataset=Dataset.from_list([{"prompt": text} for text in texts] * (n + 1)))
+    trainer.model.float()
+    with contextlib.redirect_stdout(None):
+        trainer.train()
+    return times[1:], ours[1:]
+
+
+# ---------------------------------------------------------------- the parts
+def alignment():
     rng = np.random.default_rng(0)
     edges = [np.append(0, np.sort(rng.choice(np.arange(1, 8000), 2047, replace=False))) for _ in range(2)]
     source, target = (np.stack([e, np.append(e[1:], 8000)], 1).astype(float) for e in edges)
     values = rng.normal(size=2048)
-    show("align, 2,048 tokens to 2,048", seconds(lambda: align(values, source, target)), "matrix of weights", seconds(lambda: matrix_align(values, source, target)))
-    text = "Mia has a cat, lives in Oslo, likes soup and wears red. " * 60
-    ids = run.tokenizer(text).input_ids[:1000]
-    show("spans_from_ids, 1,000 ids", seconds(lambda: spans_from_ids(run.tokenizer, ids)))
-    text = spans_from_ids(run.tokenizer, ids)[0]
-    show(f"spans_from_text, {len(text):,} characters", seconds(lambda: spans_from_text(run.verifier_tokenizer, text)))
+    lists = values.tolist(), source.tolist(), target.tolist()
+    beside("align, 2,048 tokens", lambda: align(values, source, target), "loop over pairs", lambda: loop_align(*lists), 1000, rounds=3)
+    tokenizer = tokenizer_of("bytes")
+    text = (ROOT / "README.md").read_text()
+    ids = tokenizer(text).input_ids
+    rows = [ids[i * 50:i * 50 + 512] for i in range(64)]
+    beside("spans_from_ids, 64 x 512", lambda: [spans_from_ids(tokenizer, row) for row in rows], "DecodeStream", lambda: [one_by_one(tokenizer, row) for row in rows], 5)
+    beside("spans_from_text, 64 responses", lambda: [spans_from_text(tokenizer, text[i * 100:i * 100 + 2000]) for i in range(64)], "encode alone",
+           lambda: [tokenizer(text[i * 100:i * 100 + 2000]).input_ids for i in range(64)])
 
 
-def toy_step(run):
-    asked = [row["prompt"] for row in run.rows[::len(run.rows) // 16][:16]]
-    prompt_ids = [models.chat_ids(run.tokenizer, p) for p in asked]
-    ids, lengths = grpo.sample(run.policy, prompt_ids, 8, max_new_tokens=48, stop_ids=run.actor.stop_ids, generator=torch.Generator().manual_seed(0))
-    rows, asked_of = [p for p in prompt_ids for _ in range(8)], [p for p in asked for _ in range(8)]
-    show("toy: sample 16 x 8 responses", seconds(lambda: grpo.sample(run.policy, prompt_ids, 8, max_new_tokens=48, stop_ids=run.actor.stop_ids)),
-         "model.generate", seconds(lambda: generate(run.policy, prompt_ids, 8, 48, run.actor.stop_ids)))
-    show("toy: token_rewards of 128 responses", seconds(lambda: cme.token_rewards(run.verifier, run.verifier_tokenizer, run.tokenizer, asked_of, ids, lengths)))
-    show("toy: token_logprobs, forward and backward", seconds(lambda: grpo.token_logprobs(run.policy, rows, ids, lengths).sum().backward()),
-         "full log-softmax", seconds(lambda: full_logprobs(run.policy, rows, ids, lengths).sum().backward()))
-    B, T = 256, 1024
-    rewards, mask = torch.randn(B, T), torch.rand(B, T) > 0.1
-    show("position_advantages, 256 x 1,024", seconds(lambda: grpo.position_advantages(rewards, mask, 8)))
+def scoring(device="cpu", model=None):
+    """64 responses of 8 to 128 tokens to 8 prompts of 184."""
+    tokenizer, model = tokenizer_of("words"), model or small_model(kind=Gemma3ForCausalLM).to(device)
+    g = torch.Generator().manual_seed(0)
+    asked = [f"{i} " + "please say what it is " * 25 for i in range(8) for _ in range(8)]
+    answers = [torch.randint(2, V, (n,), generator=g).tolist() for n in torch.randint(8, 129, (64,), generator=g).tolist()]
+    befores = [models.chat_ids(tokenizer, prompt) for prompt in asked]
+
+    def alone():
+        with torch.no_grad():
+            for before, answer in zip(befores, answers):
+                full_logprobs(model, [before], torch.tensor([answer], device=device), torch.tensor([len(answer)]))
+    beside(f"scoring by a verifier, 64 responses, {device}", lambda: models.answer_logprobs(model, tokenizer, asked, answers), "one at a time", alone,
+           4 if device == "cpu" else 8)
 
 
-def rounding(run):
+def large_vocabulary(device="cpu"):
+    """1,024 tokens at V = 262,144 and width 640, one layer: what the head costs."""
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=262_144, hidden_size=640, intermediate_size=640, num_hidden_layers=1, num_attention_heads=4,
+                                         num_key_value_heads=1, tie_word_embeddings=True, eos_token_id=None)).to(device).eval()
+    prompt_ids, ids, lengths = [[1, 2, 3]] * 8, torch.randint(262_144, (8, 128), device=device), torch.full((8,), 128, device=device)
+
+    def ours():
+        return grpo.token_logprobs(model, prompt_ids, ids, lengths)
+
+    def plain():
+        return torch.stack(full_logprobs(model, prompt_ids, ids, lengths))
+
+    def forward(f):
+        with torch.no_grad():
+            f()
+
+    def both(f):
+        f().sum().backward()
+        model.zero_grad()
+    name = f"token_logprobs, V = 262,144, {device}"
+    beside(f"{name}: forward", lambda: forward(ours), "full log-softmax", lambda: forward(plain), round(1 / 1.1, 2), rounds=2)
+    beside(f"{name}: forward and backward", lambda: both(ours), "full log-softmax", lambda: both(plain), round(1 / 1.5, 2), rounds=2)
+    if fused := getattr(torch.nn.functional, "linear_cross_entropy", None):
+        def library():
+            hidden = model.base_model(input_ids=torch.cat([torch.tensor([[1, 2, 3]] * 8, device=device), ids], 1)).last_hidden_state[:, 2:-1]
+            return -fused(hidden.reshape(-1, 640), model.get_output_embeddings().weight, ids.reshape(-1))
+        beside(f"{name}: forward and backward", lambda: both(ours), "linear_cross_entropy", lambda: both(library), rounds=2)
+    ids, lengths = torch.randint(262_144, (8, 256), device=device), torch.full((8,), 256, device=device)
+    memory = {what: peak_memory(lambda f=f: both(f)) for what, f in (("ours", ours), ("plain", plain))}
+    weights = model.num_parameters() * 4 / 2**30  # the gradient, which both need
+    ratio = (memory["plain"] - weights) / (memory["ours"] - weights)
+    FOUND[f"{name}: memory"] = memory | {"gradient": weights, "ratio": ratio, "aim": 4}
+    print(f"| {name}: memory beyond weights and gradient, 2,048 tokens | {memory['ours'] - weights:.2f} GiB | {memory['plain'] - weights:.2f} GiB | {ratio:.1f} | 4 |", flush=True)
+
+
+def small_step(folder):
+    """Rollout, update, whole steps of 8 x 8 responses of 64 tokens, or of 28 on average."""
+    for mixed in (False, True):
+        lengths_are = "mixed lengths" if mixed else "full lengths"
+        run, texts = prepared(folder, mixed)
+        prompt_ids = [models.chat_ids(run.tokenizer, row["prompt"]) for row in run.rows]
+        batch = rows, ids, lengths = train.rollout(run, run.rows, 0)
+        if not mixed:
+            beside("rollout", lambda: train.rollout(run, run.rows, 0), "bare forward passes", lambda: bare_loop(run.policy, prompt_ids, G, T), 0.8)
+        advantages = torch.randn(P * G)
+
+        def ours():
+            train.update(run, run.optimizer, *batch, None, None, advantages)
+
+        def plain():
+            for part in range(0, P * G, 32):
+                tokens = grpo.pad([[*p, *y[:n]] for p, y, n in zip(rows[part:part + 32], ids[part:part + 32].tolist(), lengths[part:part + 32].tolist())])[0]
+                logits = run.policy(input_ids=tokens).logits
+                torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
+            run.optimizer.step(), run.optimizer.zero_grad()
+        run.options.beta = 0.0
+        beside(f"update, {lengths_are}", ours, "plain forward and backward", plain, 0.85)
+        run.options.beta = 0.01
+        share = clock(lambda: [spans_from_ids(run.tokenizer, y[:n]) for y, n in zip(ids.tolist(), lengths.tolist())]) / clock(lambda: our_step(run, 0, True))
+        print(f"(mean length {lengths.float().mean():.0f}; spans_from_ids takes {share:.1%} of a step)", flush=True)
+        with contextlib.suppress(ImportError):
+            for verifier in (False, True):
+                theirs, mine = trl_steps(run, texts, verifier, folder, 4)
+                beside(f"step, {lengths_are}, {'with' if verifier else 'without'} verifier", mine, "TRL's GRPOTrainer", theirs, 2.0 if mixed else 1.5)
+
+
+def scaling():
+    """Rollout, reference and update of the small model as one thing grows: fitted exponents of time."""
+    def step(model, optimizer, prompts, group, new):
+        ids, lengths = grpo.sample(model, prompts, group, max_new_tokens=new, stop_ids=[])
+        rows = [p for p in prompts for _ in range(group)]
+        with torch.no_grad():
+            grpo.token_logprobs(model, rows, ids, lengths)
+        for part in range(0, len(rows), 16):
+            grpo.token_logprobs(model, rows[part:part + 16], ids[part:part + 16], lengths[part:part + 16])[:].sum().backward()
+        optimizer.step(), optimizer.zero_grad()
+    prompts = [[1 + i] * 16 for i in range(4)]
+    for what, values in (("G", (4, 8, 16, 32)), ("T", (64, 128, 256, 512, 1024)), ("V", (4096, 16_384, 65_536))):
+        times = []
+        for value in values:
+            model = small_model(vocabulary=value if what == "V" else V)
+            model.requires_grad_(True)
+            settings = prompts[:1] if what == "T" else prompts, value if what == "G" else 8, value if what == "T" else 64
+            one = lambda: step(model, torch.optim.AdamW(model.parameters(), lr=0.0), *settings)  # noqa: E731
+            times.append(min(clock(one) for _ in range(2)))
+        exponent = float(np.polyfit(np.log(values), np.log(times), 1)[0])
+        FOUND[f"scaling in {what}"] = {"values": values, "seconds": times, "exponent": exponent}
+        print(f"| step against {what} = {', '.join(f'{v:,}' for v in values)} | {', '.join(map(shown, times))} | | exponent {exponent:.2f} | |", flush=True)
+
+
+def toy():
+    """The toy's models, one thread: what train.py does by default."""
+    torch.set_num_threads(1)
+    policy, tokenizer = models.load("toy", f"{ROOT}/toy/cme/generator", "cpu", train=True)
+    verifier = models.load("toy", f"{ROOT}/toy/cme/verifier", "cpu")
+    rows = prompts.read_prompts(f"{ROOT}/toy/cme/prompts.jsonl")
+    asked = [row["prompt"] for row in rows[::len(rows) // 16][:16]]
+    prompt_ids, stop = [models.chat_ids(tokenizer, p) for p in asked], models.find_stop_ids(policy, tokenizer)
+    ids, lengths = grpo.sample(policy, prompt_ids, 8, max_new_tokens=48, stop_ids=stop, generator=torch.Generator().manual_seed(0))
+    of, asked_of = [p for p in prompt_ids for _ in range(8)], [p for p in asked for _ in range(8)]
+    beside("toy: rollout, 16 x 8", lambda: grpo.sample(policy, prompt_ids, 8, max_new_tokens=48, stop_ids=stop), "generate",
+           lambda: generate(policy, prompt_ids, 8, 48, stop))
+    beside("toy: forward and backward", lambda: grpo.token_logprobs(policy, of, ids, lengths).sum().backward(), "full log-softmax",
+           lambda: sum(row.sum() for row in full_logprobs(policy, of, ids, lengths)).backward())
+    print(f"toy: token_rewards of 128 responses: {shown(np.median([clock(lambda: cme.token_rewards(*verifier, tokenizer, asked_of, ids, lengths)) for _ in range(5)]))}")
+    rewards, mask = torch.randn(256, 1024), torch.rand(256, 1024) > 0.1
+    print(f"position_advantages, 256 x 1,024: {shown(np.median([clock(lambda: grpo.position_advantages(rewards, mask, 8)) for _ in range(5)]))}")
+    rounding(*verifier)
+    torch.set_num_threads(os.cpu_count())
+
+
+def rounding(verifier, tokenizer):
     """What position_advantages' min_std has to swallow: the deviation, per position, of one response's log-probabilities under the toy's verifier in
     bf16 when the same text is scored in batches of twelve different shapes."""
-    import copy
-    model, spread = copy.deepcopy(run.verifier).to(torch.bfloat16), []
-    for row in run.eval_rows[:24]:
-        prompt = models.chat_ids(run.verifier_tokenizer, row["prompt"])
-        answer = spans_from_text(run.verifier_tokenizer, f"{row['prompt'].split()[2]} has a dog, lives in Oslo, likes soup and wears red.")[0]
+    model, spread = copy.deepcopy(verifier).to(torch.bfloat16), []
+    for row in prompts.read_prompts(f"{ROOT}/toy/cme/eval.jsonl")[:24]:
+        prompt = models.chat_ids(tokenizer, row["prompt"])
+        answer = spans_from_text(tokenizer, f"{row['prompt'].split()[2]} has a dog, lives in Oslo, likes soup and wears red.")[0]
         scored = []
         for B, more in [(B, more) for B in (1, 6) for more in (0, 1, 3, 7, 20, 40)]:
             ids = torch.tensor([answer + [7] * more] * B)
@@ -116,28 +399,46 @@ def rounding(run):
                 scored.append(grpo.token_logprobs(model, [prompt] * B, ids, torch.full((B,), ids.shape[1]))[0, :len(answer)])
         spread.append(torch.stack(scored).double().std(0))
     spread = torch.cat(spread)
-    print(f"\nbf16 rounding of the toy's verifier on equal text: deviation at most {spread.max():.3f} nats, 99% of positions under "
+    FOUND["bf16 rounding"] = {"most": spread.max().item(), "99%": spread.quantile(0.99).item()}
+    print(f"bf16 rounding of the toy's verifier on equal text: deviation at most {spread.max():.3f} nats, 99% of positions under "
           f"{spread.quantile(0.99):.3f} nats (grpo.position_advantages: min_std)")
 
 
-def on_gpu():
+def gpu(device="cuda", layers=24, vocabulary=151_936, verifier_layers=26, new=512):
+    """Shapes of Qwen2.5-0.5B as the policy and of Gemma 3 1B as the verifier, random weights."""
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=151_936, hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-                                         num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768, eos_token_id=None)).cuda().eval()
-    prompt_ids = [torch.randint(1000, 100_000, (n,)).tolist() for n in (64, 90, 128, 200)]
-    with torch.autocast("cuda", dtype=torch.bfloat16):
-        show("0.5B: sample 4 x 8 responses of 128 tokens", seconds(lambda: grpo.sample(model, prompt_ids, 8, max_new_tokens=128, stop_ids=[7])),
-             "model.generate", seconds(lambda: generate(model, prompt_ids, 8, 128, [7])))
-        for T in (256, 1024):
-            ids = torch.randint(1000, 100_000, (8, T), device="cuda")
-            lengths, rows, peak = torch.full((8,), T, device="cuda"), prompt_ids * 2, []
-            times = []
-            for f in (grpo.token_logprobs, full_logprobs):
-                torch.cuda.reset_peak_memory_stats()
-                times.append(seconds(lambda: f(model, rows, ids, lengths).sum().backward()))
-                peak.append(torch.cuda.max_memory_allocated() / 2**30)
-                model.zero_grad()
-            show(f"0.5B: token_logprobs, 8 x {T:,} tokens, forward and backward ({peak[0]:.1f} GiB)", times[0], f"full log-softmax ({peak[1]:.1f} GiB)", times[1])
+    policy = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, hidden_size=896, intermediate_size=4864, num_hidden_layers=layers, num_attention_heads=14,
+                                          num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768, eos_token_id=None)).to(device).eval()
+    prompt_ids = [torch.randint(1000, vocabulary, (n,)).tolist() for n in (64, 70, 80, 90, 100, 110, 120, 128)]
+    bf16 = torch.autocast(device, dtype=torch.bfloat16)
+    with bf16:
+        beside(f"0.5 B: rollout, 64 x {new}", lambda: grpo.sample(policy, prompt_ids, 8, max_new_tokens=new, stop_ids=[]), "generate",
+               lambda: generate(policy, prompt_ids, 8, new), 4, rounds=2)
+    weights = policy.num_parameters() * 2
+    print(f"(bf16 weights read once for each of {new} tokens: {weights * new / 3.35e12:.2f} s at 3.35 TB/s)")
+    scoring(device)
+    large_vocabulary(device)
+    verifier = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=262_144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=verifier_layers,
+                                                  num_attention_heads=4, num_key_value_heads=1, head_dim=256)).to(device, torch.bfloat16).eval()
+    reference = copy.deepcopy(policy).bfloat16()
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
+
+    def recipe():
+        """A step of the paper's, 16 prompts x 8 responses of up to 1,024 tokens, in micro-batches of 8."""
+        with bf16:
+            ids, lengths = grpo.sample(policy, prompt_ids, 8, max_new_tokens=2 * new, stop_ids=[])
+        rows = [p for p in prompt_ids for _ in range(8)]
+        for part in range(0, len(rows), 8):
+            batch = rows[part:part + 8], ids[part:part + 8], lengths[part:part + 8]
+            with torch.no_grad():
+                grpo.token_logprobs(verifier, *batch), grpo.token_logprobs(reference, *batch)
+            with bf16:
+                logp = grpo.token_logprobs(policy, *batch)
+            logp.mean().backward()
+        optimizer.step(), optimizer.zero_grad()
+    base = torch.cuda.memory_allocated() if device == "cuda" else 0
+    FOUND["recipe, GiB"] = (base / 2**30 + peak_memory(recipe))
+    print(f"the paper's recipe, 0.5 B and a verifier of 1 B, 8 x 8 responses of {2 * new}: peak {FOUND['recipe, GiB']:.1f} GiB")
 
 
 JUDGE = """
@@ -160,9 +461,8 @@ server.serve_forever()
 def judging():
     """What 805 prompts x 6 pairs x 2 judges cost beyond the judges: a scripted server, responses of about 1,750 characters."""
     os.environ["NO_PROXY"] = "127.0.0.1"
-    rng, names, real, resident = random.Random(0), ["reference", "base", "instruct", "trained"], files.append_line, []
-    with open(os.path.join(ROOT, "README.md"), encoding="utf-8") as f:
-        words = f.read().split()
+    rng, names, real_append, seen = random.Random(0), ["reference", "base", "instruct", "trained"], files.append_line, []
+    words = (ROOT / "README.md").read_text(encoding="utf-8").split()
     with subprocess.Popen([sys.executable, "-c", JUDGE], stdout=subprocess.PIPE, text=True) as server, tempfile.TemporaryDirectory() as folder:
         url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
         o = evaluate.Options(models=dict.fromkeys(names, "none"), prompts="made up", output_dir=folder,
@@ -171,74 +471,64 @@ def judging():
         os.makedirs(os.path.join(folder, "judges"))
         for name in names:
             os.makedirs(os.path.join(folder, "models", name))
-            for i in range(805):
-                real(os.path.join(folder, "models", name, "responses.jsonl"),
-                     {"index": i, "response": " ".join(rng.choices(words, k=300)), "stopped": True, "tokens": 400})
+            files.write_lines(os.path.join(folder, "models", name, "responses.jsonl"),
+                              [{"response": " ".join(rng.choices(words, k=300)), "stopped": True, "tokens": 400} for _ in range(805)])
 
         def append(path, row):                                                 # memory: now and then, what is resident, in MB
-            real(path, row)
-            with open("/proc/self/statm") as f:
-                resident.append(int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
+            real_append(path, row)
+            seen.append(resident() / 2**20)
         evaluate.append_line, times = append, []
-        responses = {name: files.read_lines(f"{folder}/models/{name}/responses.jsonl") for name in names}
-        tasks = evaluate.tasks_of(rows, {name: [r["response"] for r in answers] for name, answers in responses.items()})
+        responses = {name: [models.Reply(**r) for r in files.read_lines(f"{folder}/models/{name}/responses.jsonl")] for name in names}
+        tasks = evaluate.tasks_of(rows, {name: [r.response for r in answers] for name, answers in responses.items()})
         for stage in (lambda: [evaluate.judge(o, name, tasks) for name in o.judge], lambda: [evaluate.judge(o, name, tasks) for name in o.judge],
                       lambda: evaluate.report(o, rows, responses, tasks)):
             start = time.perf_counter(), time.process_time()
             with contextlib.redirect_stdout(None), contextlib.redirect_stderr(io.StringIO()):
                 stage()
             times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-        evaluate.append_line = real
+        evaluate.append_line = real_append
         server.kill()
-    print(f"\n{len(resident):,} judgements by a scripted server: {times[0][0]:.0f} s, of which {times[0][1]:.0f} s were this process's; resident memory "
-          f"{resident[len(resident) // 10]:.0f} MB after a tenth of them, {resident[-1]:.0f} MB after all. "
+    FOUND["judging"] = {"judgements": len(seen), "seconds": times[0][0], "own": times[0][1], "again": times[1][0], "report": times[2][0]}
+    print(f"\n{len(seen):,} judgements by a scripted server: {times[0][0]:.0f} s, of which {times[0][1]:.0f} s were this process's; resident memory "
+          f"{seen[len(seen) // 10]:.0f} MB after a tenth of them, {seen[-1]:.0f} MB after all. "
           f"Started again: {times[1][0]:.1f} s. The report: {times[2][0]:.1f} s.")
 
 
-def real(folder):
-    """REAL_MODELS: tokens per second of the parts of a step, 2 questions x 8 answers of 32 tokens, generator smollm2, verifier gemma."""
-    import resource
-    torch.set_num_threads(os.cpu_count())
-    policy, tokenizer = models.load("generator", f"{folder}/smollm2", "cpu", train=True)
-    verifier = models.load("verifier", f"{folder}/gemma", "cpu")
-    asked = [row["prompt"] for row in prompts.read_prompts(f"{ROOT}/facts/prompts.jsonl")[::500][:2]]
-    prompt_ids, noise = [models.chat_ids(tokenizer, p) for p in asked], torch.Generator().manual_seed(0)
-    ids, lengths = grpo.sample(policy, prompt_ids, 8, max_new_tokens=32, stop_ids=[], generator=noise)
-    rows, asked_of, n = [p for p in prompt_ids for _ in range(8)], [p for p in asked for _ in range(8)], ids.numel()
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
-
-    def update():
-        for part in range(0, 16, 8):
-            grpo.token_logprobs(policy, rows[part:part + 8], ids[part:part + 8], lengths[part:part + 8]).mean().backward()
-        optimizer.step(), optimizer.zero_grad()
-
-    def reference():
-        with torch.no_grad():
-            grpo.token_logprobs(policy, rows, ids, lengths)
-    print(f"\nSmolLM2-135M (policy), Gemma 3 270M (verifier), {os.cpu_count()} cores, {n} tokens:\n\n| part | tokens/s |\n|---|---|")
-    for what, f in (("rollout", lambda: grpo.sample(policy, prompt_ids, 8, max_new_tokens=32, stop_ids=[], generator=noise)),
-                    ("scoring by the verifier", lambda: cme.token_rewards(*verifier, tokenizer, asked_of, ids, lengths)),
-                    ("log-probabilities of the reference", reference), ("update", update)):
-        print(f"| {what} | {n / seconds(f, times=2):.0f} |", flush=True)
-    print(f"\nPeak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.1f} GiB.")
+def real():
+    """REAL_MODELS: one step of train.py, 2 questions x 8 answers of 64 tokens, generator smollm2, verifier gemma; in float32 and with --bf16."""
+    folder = os.environ["REAL_MODELS"]
+    with tempfile.TemporaryDirectory() as output:
+        for settings in ([], ["--bf16"]):
+            command = [sys.executable, f"{ROOT}/train.py", "--generator", f"{folder}/smollm2", "--verifier", f"{folder}/gemma", "--lr", "1e-5", "--beta", "0.01",
+                       "--prompts", f"{ROOT}/facts/prompts.jsonl", "--max_new_tokens", "64", "--prompts_per_step", "2", "--micro_batch", "8", "--steps", "3",
+                       "--eval_every", "0", "--output_dir", f"{output}/run{len(settings)}", *settings]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            summary = files.read_json(f"{output}/run{len(settings)}/summary.json")
+            seconds, tokens = sum(summary["seconds"].values()), summary["tokens"]
+            FOUND[f"real pair {' '.join(settings)}"] = {"tokens": tokens, "seconds": seconds, "parts": summary["seconds"], "MB": summary["peak_memory_mb"]}
+            parts = ", ".join(f"{name} {tokens / of:.0f}" for name, of in summary["seconds"].items() if name != "other")
+            print(f"SmolLM2-135M, Gemma 3 270M{' --bf16' * bool(settings)}: {tokens / seconds:.0f} tokens/s ({parts}), {summary['peak_memory_mb'] / 1024:.1f} GiB")
 
 
 def main():
-    torch.set_num_threads(1)
-    print(f"{platform.processor() or platform.machine()}, one thread, torch {torch.__version__}" + (f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""))
-    judging()                                                                  # first, while this process is small
-    print("\n| what | this repository | otherwise | ratio |\n|---|---|---|---|")
-    run = SimpleNamespace(rows=prompts.read_prompts(f"{ROOT}/toy/cme/prompts.jsonl"), eval_rows=prompts.read_prompts(f"{ROOT}/toy/cme/eval.jsonl"))
-    run.policy, run.tokenizer = models.load("toy", f"{ROOT}/toy/cme/generator", "cpu", train=True)
-    run.verifier, run.verifier_tokenizer = models.load("toy", f"{ROOT}/toy/cme/verifier", "cpu")
-    run.actor = models.LocalModel(run.policy, run.tokenizer)
-    texts_and_alignment(run)
-    toy_step(run)
-    if torch.cuda.is_available():
-        on_gpu()
-    rounding(run)
-    if "REAL_MODELS" in os.environ:
-        real(os.environ["REAL_MODELS"])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", default="", help="a file for all figures")
+    parser.add_argument("--only", nargs="*", default=[], help="names of parts: judging alignment scoring large_vocabulary small_step scaling toy gpu real")
+    o = parser.parse_args()
+    torch.set_num_threads(os.cpu_count())
+    where = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
+    print(where + (f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""))
+    parts = [judging, alignment, scoring, large_vocabulary]  # judging first, while this process is small
+    print("\n| what | here | otherwise | ratio (range) | aim |\n|---|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        parts += [lambda: small_step(folder), scaling, toy]
+        named = dict(zip(("judging", "alignment", "scoring", "large_vocabulary", "small_step", "scaling", "toy"), parts))
+        named |= ({"gpu": gpu} if torch.cuda.is_available() else {}) | ({"real": real} if "REAL_MODELS" in os.environ else {})
+        for name, part in named.items():
+            if not o.only or name in o.only:
+                part()
+    if o.json:
+        files.write_atomically(o.json, json.dumps({"where": where, **FOUND}, indent=1))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def read(model, ids, attend, cache=None):
     settings = {"attention_mask": attend, "past_key_values": cache, "use_cache": True}
     place = (attend.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     out = model.base_model(input_ids=ids, position_ids=place, **settings)
-    if not (out.past_key_values and out.past_key_values.get_seq_length()):
+    if out.past_key_values is None or out.past_key_values.get_seq_length() < attend.shape[1]:
         raise ValueError("the model keeps no cache: turn gradient checkpointing off")
     return out.last_hidden_state, out.past_key_values
 

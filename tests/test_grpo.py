@@ -496,6 +496,36 @@ def test_draw_equals_transformers_warpers(options):
         assert torch.equal(ours, logits.argmax(-1))
 
 
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
+def test_the_ends_of_the_unit_interval_fall_on_tokens_that_can_come(u, monkeypatch):
+    """0 is not the first token's if that is forbidden, the largest float32 below 1 not beyond the last one's, however the masses add up."""
+    logits = torch.randn(3000, 50, generator=torch.Generator().manual_seed(0))
+    logits[:, [0, 1, 48, 49]] = -math.inf
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: torch.full(shape, u))
+    assert set(grpo.draw(logits).tolist()) == {2 if u == 0 else 47}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_a_model_that_checkpoints_activations_is_refused(arch):
+    """It drops the cache, and with it the prompt: no log-probabilities rather than wrong ones."""
+    model = transformers.AutoModelForCausalLM.from_config(config_of(arch, 50)).train()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    prompts, _, ids, lengths = random_rows()
+    with pytest.raises(ValueError, match="turn gradient checkpointing off"):
+        grpo.token_logprobs(model, prompts, ids, lengths)
+
+
+def test_entropies_of_a_head_that_forbids_tokens(monkeypatch):
+    """0 log 0 is 0."""
+    model, (prompts, _, ids, lengths) = tiny(), random_rows()
+    plain, ids = grpo.model_logits, ids.clamp(min=4)
+    monkeypatch.setattr(grpo, "model_logits", lambda *a: plain(*a).index_fill(-1, torch.tensor([0, 3]), -math.inf))
+    logp, entropies = grpo.token_logprobs(model, prompts, ids, lengths, entropy=True)
+    assert entropies.isfinite().all() and logp.isfinite().all()
+    own = plain(model, model.base_model(torch.tensor([prompts[0]])).last_hidden_state[0, -1])[[1, 2, *range(4, 50)]].log_softmax(-1)
+    torch.testing.assert_close(entropies[0, 0], -(own.exp() * own).sum(), rtol=1e-5, atol=1e-5)
+
+
 def drawn_set(probabilities, n=2000, **options):
     logits = torch.tensor(probabilities).log().expand(n, -1)
     return set(grpo.draw(logits, generator=torch.Generator().manual_seed(0), **options).tolist())

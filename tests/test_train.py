@@ -92,6 +92,9 @@ def test_a_run_leaves_what_it_promises(whole):
     assert [r["step"] for r in metrics] == list(range(7)) and [r["step"] for r in metrics if "held_out" in r] == [0, 3, 6]
     assert {"reward", "loss", "kl", "approx_kl", "clipfrac", "entropy", "grad_norm", "length", "truncated", "flat", "lr", "skipped"} <= set(metrics[1])
     assert metrics[1]["kl"] == pytest.approx(0, abs=1e-9) and metrics[6]["kl"] > 0 and metrics[1]["grad_norm"] > 0 and metrics[1]["approx_kl"] == 0
+    assert summary["tokens"] == sum(r["tokens"] for r in metrics[1:]) and all(r["tokens"] == pytest.approx(6 * r["length"]) for r in metrics[1:])
+    assert [*summary["seconds"]] == ["rollout", "scoring", "update", "other"] and all(s > 0 for s in summary["seconds"].values())
+    assert "(rollout " in out and " tokens/s, " in out
     samples = rows(run / "samples.jsonl")
     assert [s["step"] for s in samples] == [3, 6]
     for s in samples:
@@ -394,6 +397,14 @@ def test_the_newest_run_is_resumed(tmp_path, few, monkeypatch):
     assert status == 0, err
     (run,) = (tmp_path / "runs").iterdir()
     assert run.name.startswith("cme-2") and fork(["--resume"], tmp_path, lambda: os.chdir(tmp_path))[0] == 0
+
+
+def test_bf16_is_what_is_told():
+    for bf16 in (False, True):
+        run, kind = train.prepare(train.Options(bf16=bf16, output_dir="unused")), torch.bfloat16 if bf16 else torch.float32
+        with run.autocast():
+            assert torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == kind
+        assert run.policy.dtype == torch.float32 and run.reference.dtype == run.verifier[0].dtype == kind
 
 
 @pytest.mark.parametrize("arguments", [[], ["--reward", "cme-sequence"]])

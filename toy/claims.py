@@ -287,9 +287,9 @@ def pictures(folder: str, output: str):
     if runs("watched"):
         figure, axis = plt.subplots(figsize=(6.4, 3.0), layout="constrained")
         for path in runs("watched"):
-            for name, color in (("trained", "C0"), ("watch", "C1"), ("facts", "grey")):
-                axis.plot(*curve(path, name), color=color, linewidth=1, label=name if path == runs("watched")[0] else None)
-        axis.set(xlabel="step", ylabel="nats per token of greedy answers; facts right")
+            for name, style in (("trained", "C0-"), ("watch", "C1--"), ("facts", "C7-")):
+                axis.plot(*curve(path, name), style, linewidth=1, label=name if path == runs("watched")[0] else None)
+        axis.set(xlabel="step", ylabel="nats per token; facts right")
         axis.legend(frameon=False, fontsize=8)
         figure.savefig(f"{output}/watch.svg", metadata={"Date": None})
     print(f"{output}: {', '.join(sorted(os.listdir(output)))}")

@@ -64,16 +64,16 @@ def rubric_reward(anchor, G: int, **settings):
 
 
 def main(generator=f"{TOY}/cme/generator", verifier=f"{TOY}/cme/verifier", prompts=f"{TOY}/cme/prompts.jsonl", steps=40, output="runs/trl-cme"):
-    policy, tokenizer = models.load("generator", generator, train=True)
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"  # the verifier's too
+    policy, tokenizer = models.load("generator", generator, device, train=True)
     rows = Dataset.from_list([{"prompt": messages_of(row["prompt"])} for row in read_prompts(prompts)])
     toy, processes = generator.startswith(TOY), int(os.environ.get("WORLD_SIZE", 1))
     config = GRPOConfig(
-        output_dir=output, max_steps=int(steps), num_generations=8, per_device_train_batch_size=128 // processes, max_completion_length=48 if toy else 1024,
+        output_dir=output, max_steps=int(steps), num_generations=8, per_device_train_batch_size=128 // processes if toy else 8, max_completion_length=48 if toy else 1024,
         learning_rate=8e-4 if toy else 3e-6, beta=0.0 if toy else 0.01, warmup_steps=5, lr_scheduler_type="cosine", loss_type="grpo", temperature=1.0,
-        use_cpu=not torch.cuda.is_available(), bf16=torch.cuda.is_available(), gradient_checkpointing=False, report_to=[], save_strategy="no", disable_tqdm=True)
-    trainer = CMETrainer(policy, args=config, processing_class=tokenizer, train_dataset=rows, verifier=models.load("verifier", verifier))
-    trainer.train()
-    trainer.save_model(output)
+        use_cpu=device == "cpu", bf16=device != "cpu", gradient_checkpointing=False, report_to=[], save_strategy="no", disable_tqdm=True)
+    trainer = CMETrainer(policy, args=config, processing_class=tokenizer, train_dataset=rows, verifier=models.load("verifier", verifier, device))
+    trainer.train(), trainer.save_model(output)
 
 
 if __name__ == "__main__":

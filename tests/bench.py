@@ -16,7 +16,6 @@ import math
 import os
 import platform
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -169,7 +168,7 @@ def small_model(vocabulary=V, mixed=False, kind=Qwen2ForCausalLM):
     return model
 
 
-def prepared(folder, mixed: bool, o=None):
+def prepared(folder, mixed: bool):
     """A `run` of train.py on the small model, its prompts' rows; the prompts as TRL takes them."""
     folder = Path(folder, "mixed" if mixed else "full")
     tokenizer, verifier_tokenizer = tokenizer_of("bytes"), tokenizer_of("words")
@@ -348,7 +347,7 @@ def scaling():
         with torch.no_grad():
             grpo.token_logprobs(model, rows, ids, lengths)
         for part in range(0, len(rows), 16):
-            grpo.token_logprobs(model, rows[part:part + 16], ids[part:part + 16], lengths[part:part + 16])[:].sum().backward()
+            grpo.token_logprobs(model, rows[part:part + 16], ids[part:part + 16], lengths[part:part + 16]).sum().backward()
         optimizer.step(), optimizer.zero_grad()
     prompts = [[1 + i] * 16 for i in range(4)]
     for what, values in (("G", (4, 8, 16, 32)), ("T", (64, 128, 256, 512, 1024)), ("V", (4096, 16_384, 65_536))):
@@ -424,7 +423,7 @@ def gpu(device="cuda", layers=24, vocabulary=151_936, verifier_layers=26, new=51
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
 
     def recipe():
-        """A step of the paper's, 16 prompts x 8 responses of up to 1,024 tokens, in micro-batches of 8."""
+        """A step like the paper's: 8 responses to each of 8 prompts, in micro-batches of 8."""
         with bf16:
             ids, lengths = grpo.sample(policy, prompt_ids, 8, max_new_tokens=2 * new, stop_ids=[])
         rows = [p for p in prompt_ids for _ in range(8)]
@@ -518,13 +517,13 @@ def main():
     torch.set_num_threads(os.cpu_count())
     where = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     print(where + (f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""))
-    parts = [judging, alignment, scoring, large_vocabulary]  # judging first, while this process is small
-    print("\n| what | here | otherwise | ratio (range) | aim |\n|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
-        parts += [lambda: small_step(folder), scaling, toy]
-        named = dict(zip(("judging", "alignment", "scoring", "large_vocabulary", "small_step", "scaling", "toy"), parts))
-        named |= ({"gpu": gpu} if torch.cuda.is_available() else {}) | ({"real": real} if "REAL_MODELS" in os.environ else {})
-        for name, part in named.items():
+        parts = {"real": real} if "REAL_MODELS" in os.environ else {}  # first, and judging: a child's peak memory starts with its parent's
+        parts |= {"judging": judging, "alignment": alignment, "scoring": scoring, "large_vocabulary": large_vocabulary,
+                  "small_step": lambda: small_step(folder), "scaling": scaling, "toy": toy} | ({"gpu": gpu} if torch.cuda.is_available() else {})
+        for name, part in parts.items():
+            if name == "alignment":
+                print("\n| what | here | otherwise | ratio (range) | aim |\n|---|---|---|---|---|")
             if not o.only or name in o.only:
                 part()
     if o.json:

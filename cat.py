@@ -9,21 +9,17 @@ Deliberate departures from the paper:
  2. A local judge's verdict is its first token, yes or no: one forward pass.
  3. A verdict that cannot be read is asked for once more, then left out of Eq. 4.  A rubric may have
     fewer than five criteria; the judge does not see the question (evaluate.py's does).
- 4. Answers are equal if their normal forms are: so votes are well defined.
-"""
+ 4. Answers are equal if their normal forms are: so votes are well defined."""
 
-import argparse
 import html
 import math
-import os
 import re
 from functools import partial
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from plumbing import TOY, one_clear_line, one_line
-from plumbing.models import text_model
+from plumbing import one_line
 from plumbing.prompts import question_text
 
 SYNTHESIS = {
@@ -106,8 +102,7 @@ def best_by(score, prompts: list, rollouts: list) -> list:
 def estimators(model, *, seed: int = 0, **settings) -> dict:
     """All by name, each (prompts, rollouts [P][G]) -> references [P]; settings: `synthesize`'s."""
     return {"synthesis": partial(synthesize, model=model, seed=seed, **settings),
-            "majority": majority_vote,
-            "single": lambda prompts, rollouts: [group[0] for group in rollouts],
+            "majority": majority_vote, "single": lambda _, rollouts: [y[0] for y in rollouts],
             "min-perplexity": partial(best_by, getattr(model, "logprob", None))}
 
 
@@ -277,34 +272,6 @@ def show(question: str, rollouts: list, rewards, *, reference=None, rubric=(), v
     return "\n".join(lines) + "\n"
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("prompt")
-    add("--model", default=f"{TOY}/cat/model", help="a folder, a hub name or MODEL@URL")
-    add("--estimator", default="synthesis", choices=estimators(None), help="of the reference")
-    add("--style", default="freeform", choices=SYNTHESIS, help="stepwise: with a final answer")
-    add("--group_size", type=int, default=8, help="G, how many answers")
-    add("--max_new_tokens", type=int, default=48, help="longest answer")
-    add("--seed", type=int, default=0)
-    o = parser.parse_args()
-    model = text_model("--model", o.model, key=os.environ.get("JUDGE_API_KEY"))
-    settings = {"max_new_tokens": o.max_new_tokens, "seed": o.seed}
-    if o.estimator == "min-perplexity" and not hasattr(model, "logprob"):
-        raise ValueError(f"--estimator {o.estimator} needs a local model's log-probabilities")
-    rollouts = model.complete([o.prompt], n=o.group_size, **settings)
-    if None in rollouts[0]:
-        raise ValueError(f"no answer from {o.model}: {model.last_error or 'too long'}")
-    references = estimators(model, style=o.style, **settings)[o.estimator]([o.prompt], rollouts)
-    if o.style == "stepwise":
-        rewards, rubrics, verdicts = answer_rewards(rollouts, references), [()], [()]
-    else:
-        rubrics = propose_rubrics([o.prompt], references, model, max_new_tokens=512, seed=o.seed)
-        verdicts = judge_rubrics(rollouts, rubrics, model)
-        rewards = rubric_rewards(verdicts)
-    print(show(o.prompt, rollouts[0], rewards.tolist(), reference=references[0],
-               rubric=rubrics[0], verdicts=verdicts[0]))
-
-
 if __name__ == "__main__":
-    one_clear_line(main, "cat.py")
+    from examples import shown  # on one screen, for a prompt
+    shown.show(__file__)

@@ -7,8 +7,7 @@ log-probabilities (nats) are the reward: carried to the generator's tokens by ch
 Deliberate departures from the paper:
  1. `credit="word"` is ours: a token gets the reward of the rest of its word.  Proportional credit
     spreads a word's price over its pieces, although the choice was made at the first one.
- 2. A prompt that is too long for the verifier loses its oldest tokens, all but its first (BOS).
-"""
+ 2. A prompt that is too long for the verifier loses its oldest tokens, all but its first (BOS)."""
 
 import re
 
@@ -71,3 +70,8 @@ def sequence_rewards(verifier, verifier_tokenizer, prompts: list, texts: list) -
     answers = plain_ids(verifier_tokenizer, texts)
     scored = answer_logprobs(verifier, verifier_tokenizer, prompts, answers)
     return torch.tensor([v.mean() if len(v) else np.nan for v in scored], dtype=torch.float32)
+
+
+if __name__ == "__main__":
+    from examples import shown  # on one screen, with numbers
+    shown.show(__file__)

@@ -6,8 +6,7 @@
     python evaluate.py report --output_dir results    # without a stage: all three
 
 Departures from the papers, which report bare win rates: intervals, p-values, position bias, kappa;
-the judge's prompts are ours; a judgement that could not be had is missing, never a tie.
-"""
+the judge's prompts are ours; a judgement that could not be had is missing, never a tie."""
 
 import gc
 import json
@@ -304,9 +303,8 @@ def respond(o: Options, name: str, rows: list):
 def report(o: Options, rows: list, responses: dict, tasks: dict):
     """report.json and report.md, the latter on the screen too; outputs.json for alpaca_eval."""
     for name, replies in responses.items():
-        outputs = [{"instruction": question_text(row["prompt"]), "output": r.response,
-                    "generator": name, "prompt": row["prompt"]}
-                   for row, r in zip(rows, replies) if r.response]
+        outputs = [{"instruction": question_text(row["prompt"]), "output": y, "generator": name,
+                    "prompt": row["prompt"]} for row, (y, *_) in zip(rows, replies) if y]
         write_atomically(f"{o.output_dir}/models/{name}/outputs.json", json.dumps(outputs))
     judges, who = {}, {}
     for path in sorted(Path(o.output_dir, "judges").glob("*.jsonl")):

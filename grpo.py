@@ -8,11 +8,11 @@ model's width, L padded length, K response tokens of a batch.  Masks come from l
 Deliberate departures from the papers:
  1. A masked *reward* (whitespace, special tokens) gets advantage 0, which removes its term of the
     policy gradient; the KL covers every response token, the stop included, and |y| counts them all.
- 2. The papers give neither the divisor of the deviation nor its epsilon: ddof 1 and 1e-4 (TRL's).
+ 2. The papers give neither the deviation's divisor nor its epsilon: ddof 1 and 1e-4 (TRL's).
  3. Top-k and top-p change what is sampled; log-probabilities are those of the whole distribution.
- 4. Where a group's rewards deviate by less than `min_std` nats (rounding) the advantage is 0.
-"""
+ 4. Where a group's rewards deviate by less than `min_std` nats (rounding) the advantage is 0."""
 
+import contextlib
 from functools import partial
 from os.path import commonprefix
 
@@ -65,23 +65,6 @@ def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torc
     return torch.searchsorted(upto, u, right=True)[:, 0]
 
 
-def make_room(layer):
-    """Lets a layer's cache, keys and values [B, heads, L, width], grow in place, 64 tokens at a
-    time; transformers' own copies all of it for every token."""
-    room = [layer.keys, layer.values]
-
-    def update(keys, values, *_, **__):
-        n = layer.keys.shape[2]
-        if layer.keys.data_ptr() != room[0].data_ptr() or n == room[0].shape[2]:  # or rows left
-            room[:] = [F.pad(x, (0, 0, 0, 64)) for x in (layer.keys, layer.values)]
-        for x, new in zip(room, (keys, values)):
-            x[:, :, n : n + 1] = new
-        layer.keys, layer.values = (x[:, :, : n + 1] for x in room)
-        return layer.keys, layer.values
-
-    layer.update = update
-
-
 def read(model, ids, attend, cache=None):
     """Ids [B, n], behind the L tokens of a cache; attend [B, L + n], 0: padding -> hidden states
     [B, n, D], the cache.  ValueError: a model that keeps none."""
@@ -120,36 +103,88 @@ def prefill(model, prompt_ids: list, prompt_of: torch.Tensor):
     return hidden[prompt_of, -1:], cache, attend
 
 
+def stepper(model, cache, attend, room: int):
+    """A cache [B, heads, L, width], attend [B, L] -> step(token [B, 1], attend [B, L + 1, 2, ...]),
+    which gives the hidden states [B, 1, D] behind one token more, `room` times at most.  The cache
+    gets its room at once (transformers' own is copied for every token), and on CUDA a step is one
+    graph: Python would start a model's kernels more slowly than they run.  Models with windows, or
+    that wait for the GPU in their forward pass, do without."""
+    if any(type(layer).__name__ != "DynamicLayer" for layer in cache.layers):
+        return lambda token, attend: read(model, token, attend, cache)[0]
+    n, kind, cuda = attend.shape[1], attend.device.type, attend.is_cuda
+    end = n + room if cuda else n  # of what is attended to; a graph's shapes are fixed
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    mask = torch.zeros_like(attend, dtype=dtype).masked_fill(attend == 0, -torch.inf)
+    mask = F.pad(mask, (0, room), value=-torch.inf)[:, None, None]  # [B, 1, 1, L + room]
+    place, at = attend.sum(1, keepdim=True), torch.tensor([n], device=attend.device)
+    token = torch.zeros_like(place)  # [B, 1]
+
+    def put(layer, *new, **_):
+        for x, of in zip((layer.keys, layer.values), new):
+            x.index_copy_(2, at, of.to(dtype))
+        return layer.keys[:, :, :end], layer.values[:, :, :end]
+
+    for layer in cache.layers:
+        there = (x[:, :, :n].to(dtype) for x in (layer.keys, layer.values))
+        layer.keys, layer.values = (F.pad(x, (0, 0, 0, room)) for x in there)
+        layer.update = partial(put, layer)
+
+    def forward():
+        ids = {"input_ids": token, "position_ids": place, "attention_mask": mask[..., :end]}
+        return model.base_model(**ids, past_key_values=cache, use_cache=True)[0]
+
+    run = forward
+    if cuda:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(attend.device)
+        stream.wait_stream(torch.cuda.current_stream(attend.device))
+        with torch.cuda.stream(stream):
+            forward()  # what a first call sets up is not for the graph; the first step overwrites
+        with contextlib.suppress(torch.AcceleratorError), torch.cuda.graph(graph, stream=stream):
+            hidden = forward()
+            run = lambda: graph.replay() or hidden
+
+    def step(new, _):
+        nonlocal end
+        token.copy_(new)
+        mask.index_fill_(3, at, 0)
+        end += not cuda
+        hidden = run()
+        place.add_(1), at.add_(1)
+        return hidden
+
+    return step
+
+
 @torch.no_grad()
 def sample(model, prompt_ids: list, group_size: int, *, max_new_tokens: int, stop_ids: list,
            **settings):
     """y ~ pi_old: G responses to each of P prompts -> ids [B, T], lengths [B]; row i*G + g is y_g.
     A response ends with the first of `stop_ids`, which belongs to it and to its length, or at
     `max_new_tokens`; behind it `ids` is 0.  settings: `draw`'s.  Rows that have ended leave the
-    batch once they are an eighth of it.  ValueError: an empty prompt."""
+    batch once they are an eighth of it, on CUDA half.  ValueError: an empty prompt."""
     if not prompt_ids or not all(prompt_ids) or min(group_size, max_new_tokens) < 1:
         raise ValueError("sample needs prompts, tokens in each, group_size and max_new_tokens > 0")
     row = torch.arange(len(prompt_ids) * group_size, device=model.device)  # of `ids`, in the batch
     hidden, cache, attend = prefill(model, prompt_ids, row // group_size)
-    for layer in (x for x in cache.layers if type(x).__name__ == "DynamicLayer"):
-        make_room(layer)
+    step = stepper(model, cache, attend, max_new_tokens)
     ids = torch.zeros(len(row), max_new_tokens, dtype=torch.long, device=model.device)
     lengths, stop = torch.zeros_like(row), torch.tensor(stop_ids, device=model.device)
     running = torch.ones_like(row, dtype=torch.bool)
     for t in range(max_new_tokens):
         token = draw(model_logits(model, hidden[:, -1]), **settings)  # [rows of the batch]
-        ids[row[running], t] = token[running]
-        lengths[row[running]] = t + 1
+        ids[row, t] = token * running
+        lengths[row] += running
         running = running & ~torch.isin(token, stop)
         left = int(running.sum())
         if left == 0 or t + 1 == max_new_tokens:
             break
-        if 8 * left <= 7 * len(row):
+        if 8 * left <= (4 if ids.is_cuda else 7) * len(row):
             keep = running.nonzero()[:, 0]
             cache.batch_select_indices(keep)
             row, token, attend, running = row[keep], token[keep], attend[keep], running[keep]
+            step = stepper(model, cache, attend, max_new_tokens - t)
         attend = torch.cat([attend, torch.ones_like(token[:, None])], 1)
-        hidden, _ = read(model, token[:, None], attend, cache)
+        hidden = step(token[:, None], attend)
     return ids[:, : int(lengths.max())], lengths
 
 
@@ -259,3 +294,8 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, beta: float, clip_l
     terms = {"kl": kl, "approx_kl": k3(log_ratio), "clipfrac": outside & (advantages != 0)}
     stats = {name: (term * weight).sum().detach() for name, term in terms.items()}
     return loss, {"loss": loss.detach(), **stats}
+
+
+if __name__ == "__main__":
+    from examples import shown  # on one screen, with numbers
+    shown.show(__file__)

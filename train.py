@@ -6,8 +6,7 @@ thinks of each word.  CaT (arXiv 2509.14234): agreement with a reference made of
     python train.py --resume                   # continue the newest run; recipes: README.md
 
 Deliberate departures from the papers: at the heads of align.py, grpo.py, cme.py, cat.py; defaults
-are the toy's; AdamW's weight decay is 0; early stopping is --keep best.  Letters as in grpo.py.
-"""
+are the toy's; AdamW's weight decay is 0; early stopping is --keep best.  Letters as in grpo.py."""
 
 import math
 import sys

@@ -3,10 +3,10 @@
 import logging
 import os
 import sys
-from dataclasses import field
 
 import torch
 from tqdm import tqdm
+from transformers.hf_argparser import HfArg
 from transformers.utils import logging as model_logging
 
 TOY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "toy")
@@ -14,8 +14,7 @@ TOY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 
 
 def option(default, help):
     """A field of an options class, with its line for --help."""
-    value = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
-    return field(**value, metadata={"help": help})
+    return HfArg(default_factory=lambda: default, help=help)
 
 
 def one_clear_line(main, script: str, again: str = "the same command continues"):

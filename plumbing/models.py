@@ -139,10 +139,10 @@ def plain_ids(tokenizer, texts: list) -> list:
 
 
 @torch.no_grad()
-def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens: int = 4096):
+def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens: int = 0):
     """log p(v_j | x, v_<j) of B answers (lists of ids) to B prompts -> B arrays [N], nats.
-    Batches of like length hold at most `batch_tokens`; equal rows are scored once, and so equal to
-    the bit.  Where both exceed the context, a prompt loses its oldest tokens but the first."""
+    Batches of like length hold at most `batch_tokens` (0: 4,096, on CUDA 65,536); equal rows are
+    scored once, and so equal to the bit.  Where both exceed the context, a prompt loses its oldest tokens but the first."""
     context, rows = getattr(model.config, "max_position_embeddings", None) or math.inf, []
     for prompt, answer in zip(prompts, answers, strict=True):
         before = chat_ids(tokenizer, prompt)
@@ -152,6 +152,7 @@ def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens
                              f"{context} tokens: lower max_new_tokens")
         rows.append((tuple(before[:1] + before[1 + excess :]), tuple(answer)))
     scores = {row: np.zeros(0) for row in rows}
+    batch_tokens = batch_tokens or (65_536 if model.device.type == "cuda" else 4096)
     unique = sorted({row for row in rows if row[1]}, key=lambda row: (len(row[0] + row[1]), row))
     for part in batches([len(before + answer) for before, answer in unique], batch_tokens):
         befores, answers = zip(*(unique[i] for i in part))

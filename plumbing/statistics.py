@@ -47,13 +47,11 @@ def sign_permutation(differences, *, samples=10_000, seed=0) -> float:
 
 def agreement(a, b) -> dict:
     """Two judges' preferences [n]: share of equal labels (win, tie, loss) and Cohen's kappa,
-    (p_o - p_e) / (1 - p_e), agreement beyond chance; both without ties too.
-    [1, .9, 0, .5, 1, None], [.8, .6, .3, 1, 0, 1] -> n 5, .6, .2857; decided 4, .75, .5."""
-    signs, out = np.sign(np.array([a, b], float) - 0.5), {}
-    for n, prefix, had in (("n", "", ~np.isnan(signs)), ("decided", "decided_", signs**2 == 1)):
-        x, y = signs[:, had.all(0)]
-        equal, chance = sum(x == y), sum(sum(x == s) * sum(y == s) for s in (-1, 0, 1))
-        kappa = (len(x) * equal - chance) / d if (d := len(x) ** 2 - chance) else math.nan
-        share = equal / len(x) if len(x) else math.nan
-        out |= {n: len(x), prefix + "agreement": float(share), prefix + "kappa": float(kappa)}
-    return out
+    (p_o - p_e) / (1 - p_e), agreement beyond chance.
+    [1, .9, 0, .5, 1, None], [.8, .6, .3, 1, 0, 1] -> n 5, agreement .6, kappa .2857."""
+    signs = np.sign(np.array([a, b], float) - 0.5)
+    x, y = signs[:, ~np.isnan(signs).any(0)]
+    equal, chance = sum(x == y), sum(sum(x == s) * sum(y == s) for s in (-1, 0, 1))
+    kappa = (len(x) * equal - chance) / d if (d := len(x) ** 2 - chance) else math.nan
+    share = equal / len(x) if len(x) else math.nan
+    return {"n": len(x), "agreement": float(share), "kappa": float(kappa)}

@@ -168,18 +168,18 @@ def small_model(vocabulary=V, mixed=False, kind=Qwen2ForCausalLM):
     return model
 
 
-def prepared(folder, mixed: bool):
-    """A `run` of train.py on the small model, its prompts' rows; the prompts as TRL takes them."""
-    folder = Path(folder, "mixed" if mixed else "full")
+def prepared(folder, mixed: bool, device="cpu", policy=None):
+    """A `run` of train.py on the small model, or on `policy`, its prompts' rows; the prompts as TRL takes them."""
+    folder = Path(folder, device, "mixed" if mixed else "full")
     tokenizer, verifier_tokenizer = tokenizer_of("bytes"), tokenizer_of("words")
-    for name, model, of in (("generator", small_model(mixed=mixed), tokenizer), ("verifier", small_model(kind=Gemma3ForCausalLM), verifier_tokenizer)):
+    for name, model, of in (("generator", policy or small_model(mixed=mixed), tokenizer), ("verifier", small_model(kind=Gemma3ForCausalLM), verifier_tokenizer)):
         model.save_pretrained(folder / name)
         of.save_pretrained(folder / name)
     words = random.Random(0).choices((ROOT / "README.md").read_text().split(), k=400)
     texts = [" ".join(words[i * 20:i * 20 + 5 + i % 6]) for i in range(P)]
     files.write_lines(str(folder / "prompts.jsonl"), [{"prompt": text} for text in texts])
     o = train.Options(generator=str(folder / "generator"), verifier=str(folder / "verifier"), prompts=str(folder / "prompts.jsonl"), lr=1e-6, steps=10**6,
-                      prompts_per_step=P, max_new_tokens=T, beta=0.01, output_dir=str(folder / "run"))
+                      prompts_per_step=P, max_new_tokens=T, beta=0.01, device=device, output_dir=str(folder / "run"))
     run = runs.prepare(o)
     torch.set_num_threads(os.cpu_count())
     run.optimizer = torch.optim.AdamW(run.policy.parameters(), lr=1e-6, weight_decay=0.0)
@@ -216,7 +216,7 @@ def trl_steps(run, texts, verifier: bool, folder: str, n: int):
         model, tokenizer = run.verifier
         before = [tokenizer(p, add_special_tokens=False).input_ids for p in prompts]
         after = [tokenizer(y, add_special_tokens=False).input_ids or [1] for y in completions]
-        ids, lengths = grpo.pad(after)
+        ids, lengths = grpo.pad(after, model.device)
         return [row.mean().item() for row in full_logprobs(model, before, ids, lengths)]
 
     class Turns(TrainerCallback):
@@ -228,8 +228,9 @@ def trl_steps(run, texts, verifier: bool, folder: str, n: int):
             ours.append(clock(lambda: our_step(run, len(ours), verifier)))
 
     config = GRPOConfig(
-        output_dir=folder, use_cpu=True, per_device_train_batch_size=32, gradient_accumulation_steps=P * G // 32, num_generations=G, max_completion_length=T,
-        beta=0.01, learning_rate=1e-6, bf16=False, gradient_checkpointing=False, max_steps=n + 1, report_to=[], save_strategy="no", disable_tqdm=True,
+        output_dir=folder, use_cpu=run.device.type == "cpu", per_device_train_batch_size=run.options.micro_batch,
+        gradient_accumulation_steps=P * G // run.options.micro_batch, num_generations=G, max_completion_length=run.options.max_new_tokens,
+        beta=0.01, learning_rate=1e-6, bf16=run.options.bf16, gradient_checkpointing=False, max_steps=n + 1, report_to=[], save_strategy="no", disable_tqdm=True,
         temperature=1.0, loss_type="grpo", logging_steps=10**6, top_p=1.0)
     trainer = GRPOTrainer(model=run.options.generator, processing_class=copy.deepcopy(run.tokenizer), args=config, callbacks=[Turns()],
                           reward_funcs=likelihood if verifier else length, train_dataset=Dataset.from_list([{"prompt": text} for text in texts] * (n + 1)))
@@ -273,11 +274,12 @@ def scoring(device="cpu", model=None):
 
 
 def large_vocabulary(device="cpu"):
-    """1,024 tokens at V = 262,144 and width 640, one layer: what the head costs."""
+    """1,024 tokens (4,096 on a GPU) at V = 262,144 and width 640, one layer: what the head costs."""
+    n = 128 if device == "cpu" else 512
     torch.manual_seed(0)
     model = Qwen2ForCausalLM(Qwen2Config(vocab_size=262_144, hidden_size=640, intermediate_size=640, num_hidden_layers=1, num_attention_heads=4,
                                          num_key_value_heads=1, tie_word_embeddings=True, eos_token_id=None)).to(device).eval()
-    prompt_ids, ids, lengths = [[1, 2, 3]] * 8, torch.randint(262_144, (8, 128), device=device), torch.full((8,), 128, device=device)
+    prompt_ids, ids, lengths = [[1, 2, 3]] * 8, torch.randint(262_144, (8, n), device=device), torch.full((8,), n, device=device)
 
     def ours():
         return grpo.token_logprobs(model, prompt_ids, ids, lengths)
@@ -300,12 +302,12 @@ def large_vocabulary(device="cpu"):
             hidden = model.base_model(input_ids=torch.cat([torch.tensor([[1, 2, 3]] * 8, device=device), ids], 1)).last_hidden_state[:, 2:-1]
             return -fused(hidden.reshape(-1, 640), model.get_output_embeddings().weight, ids.reshape(-1))
         beside(f"{name}: forward and backward", lambda: both(ours), "linear_cross_entropy", lambda: both(library), rounds=2)
-    ids, lengths = torch.randint(262_144, (8, 256), device=device), torch.full((8,), 256, device=device)
+    ids, lengths = torch.randint(262_144, (8, 2 * n), device=device), torch.full((8,), 2 * n, device=device)
     memory = {what: peak_memory(lambda f=f: both(f)) for what, f in (("ours", ours), ("plain", plain))}
     weights = model.num_parameters() * 4 / 2**30  # the gradient, which both need
     ratio = (memory["plain"] - weights) / (memory["ours"] - weights)
     FOUND[f"{name}: memory"] = memory | {"gradient": weights, "ratio": ratio, "aim": 4}
-    print(f"| {name}: memory beyond weights and gradient, 2,048 tokens | {memory['ours'] - weights:.2f} GiB | {memory['plain'] - weights:.2f} GiB | {ratio:.1f} | 4 |", flush=True)
+    print(f"| {name}: memory beyond weights and gradient, {16 * n:,} tokens | {memory['ours'] - weights:.2f} GiB | {memory['plain'] - weights:.2f} GiB | {ratio:.1f} | 4 |", flush=True)
 
 
 def small_step(folder):
@@ -403,41 +405,61 @@ def rounding(verifier, tokenizer):
           f"{spread.quantile(0.99):.3f} nats (grpo.position_advantages: min_std)")
 
 
-def gpu(device="cuda", layers=24, vocabulary=151_936, verifier_layers=26, new=512):
-    """Shapes of Qwen2.5-0.5B as the policy and of Gemma 3 1B as the verifier, random weights."""
+def half_billion(layers=24, vocabulary=151_936):
+    """The shape of Qwen2.5-0.5B, random weights."""
     torch.manual_seed(0)
-    policy = Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, hidden_size=896, intermediate_size=4864, num_hidden_layers=layers, num_attention_heads=14,
-                                          num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768, eos_token_id=None)).to(device).eval()
-    prompt_ids = [torch.randint(1000, vocabulary, (n,)).tolist() for n in (64, 70, 80, 90, 100, 110, 120, 128)]
+    return Qwen2ForCausalLM(Qwen2Config(vocab_size=vocabulary, hidden_size=896, intermediate_size=4864, num_hidden_layers=layers, num_attention_heads=14,
+                                        num_key_value_heads=2, tie_word_embeddings=True, max_position_embeddings=32_768, eos_token_id=0))
+
+
+def gpu(folder, device="cuda", new=512, step_tokens=256, small=None):
+    """Shapes of Qwen2.5-0.5B as the policy and of Gemma 3 1B as the verifier, random weights, bf16 autocast; `small` for a trial on a CPU."""
+    shape = small or {}
+    policy = half_billion(**shape).to(device).eval()
+    prompt_ids = [torch.randint(1000, policy.config.vocab_size, (n,)).tolist() for n in (64, 70, 80, 90, 100, 110, 120, 128)]
     bf16 = torch.autocast(device, dtype=torch.bfloat16)
     with bf16:
-        beside(f"0.5 B: rollout, 64 x {new}", lambda: grpo.sample(policy, prompt_ids, 8, max_new_tokens=new, stop_ids=[]), "generate",
-               lambda: generate(policy, prompt_ids, 8, new), 4, rounds=2)
-    weights = policy.num_parameters() * 2
-    print(f"(bf16 weights read once for each of {new} tokens: {weights * new / 3.35e12:.2f} s at 3.35 TB/s)")
-    scoring(device)
-    large_vocabulary(device)
-    verifier = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=262_144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=verifier_layers,
+        grpo.sample(policy, prompt_ids, 8, max_new_tokens=8, stop_ids=[]), generate(policy, prompt_ids, 8, 8)
+        beside(f"0.5 B: rollout, 64 x {new}, {device}", lambda: grpo.sample(policy, prompt_ids, 8, max_new_tokens=new, stop_ids=[]), "generate",
+               lambda: generate(policy, prompt_ids, 8, new), 4, rounds=2, warm=False)
+    x = torch.empty(2**30, dtype=torch.uint8, device=device)
+    rate = 2 * 8 * 2**30 / min(clock(lambda: [x.clone() for _ in range(8)]) for _ in range(3))  # bytes read and written
+    cache = 64 * (128 + new / 2) * 24 * 2 * 128 * 2  # keys and values, bf16, of all rows, half of the new tokens on average
+    bound = (policy.num_parameters() * 2 + cache) * new / rate
+    FOUND["0.5 B: rollout, share of the bandwidth bound"] = {"bound": bound, "bandwidth": rate, "share": bound / FOUND[f"0.5 B: rollout, 64 x {new}, {device}"]["seconds"]}
+    print(f"(bf16 weights and cache read once for each of {new} tokens at the {rate / 1e12:.1f} TB/s of a copy: {shown(bound)})", flush=True)
+    del x
+    verifier = Gemma3ForCausalLM(Gemma3TextConfig(vocab_size=262_144, hidden_size=1152, intermediate_size=6912, num_hidden_layers=2 if small else 26,
                                                   num_attention_heads=4, num_key_value_heads=1, head_dim=256)).to(device, torch.bfloat16).eval()
+    scoring(device, verifier)
+    large_vocabulary(device)
     reference = copy.deepcopy(policy).bfloat16()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
 
     def recipe():
-        """A step like the paper's: 8 responses to each of 8 prompts, in micro-batches of 8."""
+        """A step like the paper's: 8 responses to one prompt, in micro-batches of 2."""
         with bf16:
-            ids, lengths = grpo.sample(policy, prompt_ids, 8, max_new_tokens=2 * new, stop_ids=[])
-        rows = [p for p in prompt_ids for _ in range(8)]
-        for part in range(0, len(rows), 8):
-            batch = rows[part:part + 8], ids[part:part + 8], lengths[part:part + 8]
+            ids, lengths = grpo.sample(policy, prompt_ids[-1:], 8, max_new_tokens=2 * new, stop_ids=[])
+        for part in range(0, 8, 2):
+            batch = prompt_ids[-1:] * 2, ids[part:part + 2], lengths[part:part + 2]
             with torch.no_grad():
                 grpo.token_logprobs(verifier, *batch), grpo.token_logprobs(reference, *batch)
             with bf16:
-                logp = grpo.token_logprobs(policy, *batch)
+                logp = grpo.token_logprobs(policy, *batch, entropy=True)[0]
             logp.mean().backward()
         optimizer.step(), optimizer.zero_grad()
+    recipe()
+    seconds = clock(recipe)
     base = torch.cuda.memory_allocated() if device == "cuda" else 0
-    FOUND["recipe, GiB"] = (base / 2**30 + peak_memory(recipe))
-    print(f"the paper's recipe, 0.5 B and a verifier of 1 B, 8 x 8 responses of {2 * new}: peak {FOUND['recipe, GiB']:.1f} GiB")
+    FOUND["recipe"] = {"GiB": base / 2**30 + peak_memory(recipe), "seconds": seconds}
+    print(f"the paper's recipe, 0.5 B and a verifier of 1 B, 8 responses of {2 * new} tokens, all full: {shown(seconds)}, peak {FOUND['recipe']['GiB']:.1f} GiB", flush=True)
+    del policy, verifier, reference, optimizer
+    run, texts = prepared(folder, False, device, half_billion(**shape))
+    run.options.max_new_tokens = step_tokens
+    with contextlib.suppress(ImportError):
+        for scored in (False, True):
+            theirs, mine = trl_steps(run, texts, scored, folder, 2)
+            beside(f"0.5 B: step, 64 x {step_tokens}, {'with a small' if scored else 'without'} verifier, {device}", mine, "TRL's GRPOTrainer", theirs, 3)
 
 
 JUDGE = """
@@ -520,7 +542,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         parts = {"real": real} if "REAL_MODELS" in os.environ else {}  # first, and judging: a child's peak memory starts with its parent's
         parts |= {"judging": judging, "alignment": alignment, "scoring": scoring, "large_vocabulary": large_vocabulary,
-                  "small_step": lambda: small_step(folder), "scaling": scaling, "toy": toy} | ({"gpu": gpu} if torch.cuda.is_available() else {})
+                  "small_step": lambda: small_step(folder), "scaling": scaling, "toy": toy} | ({"gpu": lambda: gpu(folder)} if torch.cuda.is_available() else {})
         for name, part in parts.items():
             if name == "alignment":
                 print("\n| what | here | otherwise | ratio (range) | aim |\n|---|---|---|---|---|")

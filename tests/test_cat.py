@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import cat
+from examples import shown
 import cme
 import grpo
 from toy import selection
@@ -344,12 +345,13 @@ def test_the_whole_chain_on_the_toy(toy):
 def test_one_screen(capsys, monkeypatch):
     def screen(*arguments):
         monkeypatch.setattr(sys, "argv", ["cat.py", *arguments])
-        cat.main()
+        shown.cat()
         return capsys.readouterr().out
     for name in cat.estimators(None):
         if name != "majority":
             out = screen("Tell me about Mia.", "--estimator", name)
             assert "reference: " in out and out.count("\nreward ") == 8 and "criterion 1: " in out and "The pet is a" in out
+            assert max(map(len, out.split("\n"))) <= 80
     out = screen("How many books does Mia own?", "--style", "stepwise", "--estimator", "majority", "--group_size", "4")
     assert len(re.findall(r"\nreward [01]\.00  ", out)) == 4 and "criterion" not in out
     for arguments, said in ([["x", "--model", "/no/such"], "--model /no/such"], [["x", "--model", "m@http://h?key=1"], "--model m@"]):

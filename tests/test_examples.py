@@ -1,6 +1,10 @@
-"""examples/trl_cme.py: what TRL is given, and what it makes of it, against our own functions."""
+"""examples/: what TRL is given, and what it makes of it, against our own functions; what the scripts show when run alone."""
 import importlib.util
 import math
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +71,48 @@ def test_the_other_rewards_are_reward_functions():
     assert len(rewards) == 4 and all(0 <= r <= 1 for r in rewards)
     broken = trl_cme.rubric_reward(anchor, 4, max_new_tokens=1)(prompts=prompts[:1] * 4, completions=rollouts)  # no reference, no rubric
     assert broken == [None] * 4 or all(0 <= r <= 1 for r in broken)
+
+
+def screen(*command):
+    """What a script prints, run alone: at most 80 columns, no colours where nobody sees them."""
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and not done.stderr.strip() and "\x1b" not in done.stdout, done.stderr
+    assert max(map(len, done.stdout.split("\n"))) <= 80
+    return done.stdout
+
+
+def test_align_alone():
+    out = screen("align.py")
+    assert "|un|happi ness|" in out and "|un happi|ness|" in out and "'happiness'       'ness' -2.00" in out
+    for shown, verifiers in (line.split("  total: the verifier's is ") for line in re.findall(r".*total.*", out)):
+        assert float(shown) == float(verifiers)
+    assert out.count("total") == 3 and out.count("0.25 of it") == 2 and "masked  ' '" in out
+
+
+def test_grpo_alone():
+    """The numbers on the screen, by hand: the second of two responses at position 3 has the mean -2.5 and the deviation 2.1213."""
+    out = screen("grpo.py")
+    rows = [line.split() for line in out.split("\n") if line.startswith("y_")]
+    assert [row[:2] for row in rows] == [["y_1", "1"], ["y_1", "2"], ["y_1", "3"], ["y_2", "1"], ["y_2", "2"], ["y_3", "1"], ["y_3", "2"], ["y_3", "3"], ["y_4", "1"]]
+    assert rows[7][3] == f"{1.5 / (4.5 ** 0.5 + 1e-4):.2f}" and rows[5][3:8] == ["-1.22", "1.30", "1.20", "-1.59", "0.133"] and rows[6][7] == "0.000"
+    terms = [float(x) for x in re.search(r"= -1/4 \((.*)\)", out)[1].split(" + ")]
+    assert float(re.search(r"\) = (\S+)", out)[1]) == pytest.approx(-sum(terms) / 4, abs=1e-3)
+    assert terms[0] == pytest.approx(sum(float(row[6]) for row in rows[:3]) / 3, abs=5e-3)
+
+
+def test_cme_alone():
+    out = screen("cme.py", "Describe Rosa.", "Rosa keeps a dog and lives in Prague. Rosa loves the colour golden and likes rice.")
+    shown, verifiers = re.search(r"(\S+)  total: the verifier's is (\S+)", out).groups()
+    assert shown == verifiers and float(shown) < -20 and "' dog'" in out and "|Ro|s|a| keeps" in out
+    word = screen("cme.py", "Describe Rosa.", "Rosa keeps a dog.", "--credit", "word")
+    assert "' dog'" in word
+    done = subprocess.run([sys.executable, "cme.py", "x", "y", "--verifier", "/no/such"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("cme.py: --verifier /no/such: ") and done.stderr.count("\n") == 1
+
+
+def test_colours_on_a_terminal(monkeypatch):
+    from examples import shown
+    spans = {"generator": [[0, 2], [2, 4]], "verifier": [[0, 1], [1, 4]]}
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    first, second, _ = shown.under_each_other("abcd", spans, [196, 0]).split("\n")
+    assert first == " generator  |\x1b[48;5;196ma b\x1b[0m|cd|" and second == "  verifier  |a|b cd|"

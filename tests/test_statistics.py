@@ -241,7 +241,7 @@ def test_different_lengths_are_refused(a, b):
 
 def test_agreement_docstring_example():
     got = agreement([1, 0.9, 0, 0.5, 1, None], [0.8, 0.6, 0.3, 1, 0, 1])
-    assert got == dict(n=5, agreement=0.6, kappa=pytest.approx(2 / 7, abs=1e-15), decided=4, decided_agreement=0.75, decided_kappa=0.5)
+    assert got == dict(n=5, agreement=0.6, kappa=pytest.approx(2 / 7, abs=1e-15))
 
 
 @given(COARSE, COARSE)
@@ -252,13 +252,10 @@ def test_agreement_is_the_slow_count(a, b):
     a, b = a[:n], b[:n]
     pairs = [("win" if x > 0.5 else "loss" if x < 0.5 else "tie", "win" if y > 0.5 else "loss" if y < 0.5 else "tie")
              for x, y in zip(a, b) if present([x]) and present([y])]  # fmt: skip
-    decided = [pair for pair in pairs if "tie" not in pair]
     got = agreement(a, b)
-    assert list(got) == ["n", "agreement", "kappa", "decided", "decided_agreement", "decided_kappa"]
-    assert (got["n"], got["decided"]) == (len(pairs), len(decided))
-    for prefix, kept in (("", pairs), ("decided_", decided)):
-        assert same(got[prefix + "agreement"], sum(x == y for x, y in kept) / len(kept) if kept else NAN)
-        assert same(got[prefix + "kappa"], slow_kappa(kept), 1e-12)
+    assert list(got) == ["n", "agreement", "kappa"] and got["n"] == len(pairs)
+    assert same(got["agreement"], sum(x == y for x, y in pairs) / len(pairs) if pairs else NAN)
+    assert same(got["kappa"], slow_kappa(pairs), 1e-12)
 
 
 # ---------------------------------------------------------------- logistic
@@ -298,13 +295,13 @@ def test_nothing_is_quietly_nan(nothing):
     assert all(math.isnan(got.pop(name)) for name in ("win_rate", "standard_error", "low", "high"))
     assert got == dict(n=0, wins=0, ties=0, losses=0, missing=len(nothing))
     got = agreement(nothing, nothing)
-    assert got.pop("n") == 0 and got.pop("decided") == 0 and all(math.isnan(x) for x in got.values())
+    assert got.pop("n") == 0 and all(math.isnan(x) for x in got.values())
 
 
 def test_one_item_is_quiet():
     assert bootstrap_interval([0.3]) == (0.3, 0.3) and sign_permutation([0.3]) == 1 and sign_permutation([0]) == 1
     assert win_rate([0.3])["win_rate"] == 0.3 and math.isnan(win_rate([0.3])["standard_error"])
-    assert agreement([1], [0])["agreement"] == 0 and agreement([0.5], [0.5])["decided"] == 0
+    assert agreement([1], [0])["agreement"] == 0 and agreement([0.5], [0.5])["agreement"] == 1
 
 
 @pytest.mark.parametrize("kind", [tuple, np.array, lambda x: np.array(x, dtype=object)])

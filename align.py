@@ -210,5 +210,4 @@ def _byte_alphabet():
 
 
 if __name__ == "__main__":
-    from examples import shown  # on one screen, with numbers
-    shown.show(__file__)
+    __import__("examples.shown").shown.show(__file__)  # on one screen, with numbers

@@ -273,5 +273,4 @@ def show(question: str, rollouts: list, rewards, *, reference=None, rubric=(), v
 
 
 if __name__ == "__main__":
-    from examples import shown  # on one screen, for a prompt
-    shown.show(__file__)
+    __import__("examples.shown").shown.show(__file__)  # on one screen, for a prompt

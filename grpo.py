@@ -118,21 +118,17 @@ def stepper(model, cache, attend, room: int):
     mask = F.pad(mask, (0, room), value=-torch.inf)[:, None, None]  # [B, 1, 1, L + room]
     place, at = attend.sum(1, keepdim=True), torch.tensor([n], device=attend.device)
     token = torch.zeros_like(place)  # [B, 1]
-
-    def put(layer, *new, **_):
-        for x, of in zip((layer.keys, layer.values), new):
+    def put(kept, *new, **_):
+        for x, of in zip(kept, new):
             x.index_copy_(2, at, of.to(dtype))
-        return layer.keys[:, :, :end], layer.values[:, :, :end]
-
+        return [x[:, :, :end] for x in kept]
     for layer in cache.layers:
-        there = (x[:, :, :n].to(dtype) for x in (layer.keys, layer.values))
-        layer.keys, layer.values = (F.pad(x, (0, 0, 0, room)) for x in there)
-        layer.update = partial(put, layer)
-
+        there = [x[:, :, :n].to(dtype) for x in (layer.keys, layer.values)]
+        layer.keys, layer.values = kept = [F.pad(x, (0, 0, 0, room)) for x in there]
+        layer.update = partial(put, kept)  # of tensors: a cycle would keep the memory
     def forward():
         ids = {"input_ids": token, "position_ids": place, "attention_mask": mask[..., :end]}
         return model.base_model(**ids, past_key_values=cache, use_cache=True)[0]
-
     run = forward
     if cuda:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(attend.device)
@@ -151,7 +147,6 @@ def stepper(model, cache, attend, room: int):
         hidden = run()
         place.add_(1), at.add_(1)
         return hidden
-
     return step
 
 
@@ -297,5 +292,4 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, beta: float, clip_l
 
 
 if __name__ == "__main__":
-    from examples import shown  # on one screen, with numbers
-    shown.show(__file__)
+    __import__("examples.shown").shown.show(__file__)  # on one screen, with numbers

@@ -77,7 +77,7 @@ class Options:
     seed: int = option(0, "of the order of prompts and of sampling")
     output_dir: str = option("", "where all goes; empty: runs/REWARD-DATE-TIME, or the newest")
     resume: bool = option(False, "continue the run in --output_dir, with its options")
-    save_every: int = option(20, "steps between checkpoints; only the newest is kept")
+    save_every: int = option(20, "steps between checkpoints; the last two are kept")
     keep: Literal["last", "best"] = option("last", "best: the model with the best held-out score")
     eval_every: int = option(10, "steps between held-out scores, and samples; 0: at the ends")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")

@@ -3,10 +3,10 @@
 import logging
 import os
 import sys
+from dataclasses import field
 
 import torch
 from tqdm import tqdm
-from transformers.hf_argparser import HfArg
 from transformers.utils import logging as model_logging
 
 TOY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "toy")
@@ -14,7 +14,8 @@ TOY = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), 
 
 def option(default, help):
     """A field of an options class, with its line for --help."""
-    return HfArg(default_factory=lambda: default, help=help)
+    value = {"default_factory": default.copy} if isinstance(default, list) else {"default": default}
+    return field(**value, metadata={"help": help})
 
 
 def one_clear_line(main, script: str, again: str = "the same command continues"):
@@ -24,7 +25,10 @@ def one_clear_line(main, script: str, again: str = "the same command continues")
     model_logging.disable_progress_bar()
     try:
         return main()
-    except (FloatingPointError, ConnectionError, torch.OutOfMemoryError) as e:
+    except torch.OutOfMemoryError as e:
+        less = "lower --micro_batch, --batch_tokens or --max_new_tokens"
+        status, line = 1, f"{str(e).split('. ')[0]}; {less}; {again}"
+    except (FloatingPointError, ConnectionError) as e:
         status, line = 1, f"{str(e).splitlines()[0]} ({again})"
     except (ValueError, OSError, ImportError) as e:
         status, line = 2, f"{e}: pip install {e.name}" if isinstance(e, ImportError) else str(e)

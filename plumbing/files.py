@@ -58,12 +58,17 @@ def checkpoints(folder: str) -> list:
 
 
 def save_checkpoint(folder, step: int, model, tokenizer, state: dict, best: int = 0):
-    """folder/checkpoint-STEP, whole or not at all; then the others go, but for the best step's."""
+    """folder/checkpoint-STEP, whole or not at all; of the others the last and the best step's stay.
+    OSError: it cannot be written."""
     final = os.path.join(folder, f"checkpoint-{step:06d}")
-    model.save_pretrained(final + ".tmp")
-    tokenizer.save_pretrained(final + ".tmp")
-    torch.save(state, os.path.join(final + ".tmp", "state.pt"))
+    try:
+        model.save_pretrained(final + ".tmp")
+        tokenizer.save_pretrained(final + ".tmp")
+        torch.save(state, os.path.join(final + ".tmp", "state.pt"))
+    except Exception as e:  # of a full disk each library has an error of its own
+        raise OSError(f"{final}.tmp cannot be written: {e}") from None
+    shutil.rmtree(final, ignore_errors=True)  # one that could not be read
     os.rename(final + ".tmp", final)
-    for other in checkpoints(folder):
-        if int(other[-6:]) not in (step, best):
+    for other in checkpoints(folder)[:-2]:
+        if int(other[-6:]) != best:
             shutil.rmtree(other, ignore_errors=True)

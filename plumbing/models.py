@@ -223,7 +223,7 @@ class Endpoint:
     def __init__(self, model: str, url: str, *, key=None, concurrency=8, timeout=60.0, retries=4):
         import openai
         self.model, self.name, self.concurrency = model, f"{model} at {url}", concurrency
-        self.last_error, self.failures, self.newer = "", 0, False
+        self.last_error, self.failures, self.url = "", 0, url
         self.key = (key or "no-key").strip()  # a saved Hugging Face token stays at home
         settings = {"timeout": timeout, "max_retries": retries}
         self.client = openai.OpenAI(base_url=url, api_key=self.key, **settings)
@@ -236,7 +236,8 @@ class Endpoint:
     def ask(self, prompt, max_new_tokens: int, temperature: float) -> str | None:
         """One answer.  ValueError: 401 or 404.  ConnectionError: has failed 32 times in a row."""
         send = {"max_tokens": max_new_tokens, "temperature": temperature}
-        send = {"max_completion_tokens": max_new_tokens} if self.newer else send
+        if "openai." in self.url:  # whose newer models take neither of the two
+            send = {"max_completion_tokens": max_new_tokens}
         chat = {"model": self.model, "messages": messages_of(prompt), **send}
         try:
             text = self.client.chat.completions.create(**chat).choices[0].message.content or ""
@@ -248,10 +249,6 @@ class Endpoint:
         self.last_error = f"{self.name}: {' '.join(error.split())[:250]}"
         if status in (401, 404):
             raise ValueError(f"{self.name} answers {status}: wrong key, model or URL")
-        unsupported = status == 400 and "nsupported" in error and "temperature" in send
-        if unsupported and any(f"'{name}'" in error for name in send):
-            self.newer = True  # OpenAI's newer models take neither of the two, and say so
-            return self.ask(prompt, max_new_tokens, temperature)
         self.failures = 0 if status in (400, 413, 422) else self.failures + 1  # 0: the prompt's own
         if self.failures >= 32:
             raise ConnectionError(f"no answer {self.failures} times in a row, {self.last_error}")

@@ -54,6 +54,19 @@ def train_options(Options):
     return o
 
 
+def start_of(o):
+    """Policy and tokenizer, and how far they are: of the newest checkpoint that can be read."""
+    for path in (found := checkpoints(o.output_dir)[::-1]):
+        try:
+            state = torch.load(f"{path}/state.pt", map_location="cpu", weights_only=True)
+            return *load("--resume", path, o.device, train=True), state
+        except Exception as e:  # cut off, overwritten ...
+            print(f"{path} cannot be read; the one before? {e}", file=sys.stderr)
+    if found:
+        raise ValueError(f"{o.output_dir}: none of its checkpoints can be read")
+    return *load("--generator", o.generator, o.device, train=True), {"step": -1}
+
+
 def prepare(o):
     """Reads, loads and checks all, writes nothing -> a `run`: options, device; policy (trained),
     tokenizer, actor (both as a text model), autocast (bf16); rows, eval_rows; reference (the frozen
@@ -61,9 +74,8 @@ def prepare(o):
     there = os.listdir(o.output_dir) if os.path.isdir(o.output_dir) else []
     if {*there} - {"config.json", "config.json.tmp"} and not o.resume:
         raise ValueError(f"--output_dir {o.output_dir} is in use; give another one, or --resume")
-    start = (checkpoints(o.output_dir) or [o.generator])[-1]
-    policy, tokenizer = load("--generator", start, o.device, train=True)
-    if o.lora_rank and start == o.generator:
+    policy, tokenizer, state = start_of(o)
+    if o.lora_rank and "optimizer" not in state:
         from peft import LoraConfig
         torch.manual_seed(o.seed)
         policy.add_adapter(LoraConfig(r=o.lora_rank, target_modules="all-linear"))
@@ -84,8 +96,8 @@ def prepare(o):
         raise ValueError("--keep best needs --eval_prompts with facts, answer or (judged) rubrics")
     run = SimpleNamespace(
         options=o, device=policy.device, policy=policy, tokenizer=tokenizer, actor=actor, rows=rows,
-        eval_rows=eval_rows, reference=None, verifier=None, anchor=None, judge=None, watch={},
-        autocast=partial(torch.autocast, kind, dtype=torch.bfloat16, enabled=o.bf16))
+        eval_rows=eval_rows, state=state, reference=None, verifier=None, anchor=None, judge=None,
+        watch={}, autocast=partial(torch.autocast, kind, dtype=torch.bfloat16, enabled=o.bf16))
     if o.beta or judged or o.reward == "cat-answer":
         run.reference, _ = load("--generator", o.generator, o.device, bf16=o.bf16)
         run.anchor = LocalModel(run.reference, tokenizer, **sampling)
@@ -104,11 +116,10 @@ def prepare(o):
 
 
 def begin(run, optimizer) -> int:
-    """Steps done: 0, or the newest checkpoint's, whose optimizer is loaded; later ones go."""
-    o, state = run.options, {"step": -1}
+    """Steps done: 0, or the checkpoint's, whose optimizer is loaded; later lines go."""
+    o, state = run.options, run.__dict__.pop("state")
     os.makedirs(o.output_dir, exist_ok=True)
-    for folder in checkpoints(o.output_dir)[-1:]:
-        state = torch.load(f"{folder}/state.pt", map_location=run.device, weights_only=True)
+    if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
     config = json.dumps(asdict(o) | {"resume": False}, indent=1)
     write_atomically(f"{o.output_dir}/config.json", config)
@@ -124,9 +135,8 @@ def metrics_of(run, G, ids, lengths, rewards, counted, advantages, told: dict, u
     verdicts = [v for group in told.get("verdicts", ()) for answers in group for v in answers]
     reward = torch.where(counted, rewards, 0).view(B, -1).sum(1) / counted.view(B, -1).sum(1)
     _, ended = without_stop(ids, lengths, run.actor.stop_ids)
-    return {"reward": reward.nanmean().item(), **updates[-1],
-            "skipped": sum(u["skipped"] for u in updates),
-            "length": lengths.float().mean().item(), "tokens": int(lengths.sum()),
+    return {"reward": reward.nanmean().item(), **updates[-1], "tokens": int(lengths.sum()),
+            "skipped": sum(u["skipped"] for u in updates), "length": lengths.float().mean().item(),
             "missing": reward.isnan().float().mean().item(), "truncated": 1 - sum(ended) / B,
             "unread": sum(v is None for v in verdicts) / max(1, len(verdicts)),
             "flat": ((groups == 0).all(1) & seen).sum().item() / max(1, seen.sum().item())}
@@ -161,9 +171,8 @@ def finish(run) -> dict:
     result = {"before": rows[0]["held_out"] | {"reward": rows[1]["reward"]},
               "after": made.get("held_out", {}) | {"reward": made["reward"]},
               "seconds": {part: round(sum(row["seconds"][part] for row in rows[1:]), 1)
-                          for part in rows[1]["seconds"]},
-              "tokens": sum(row["tokens"] for row in rows[1:]),
-              "skipped": sum(row["skipped"] for row in rows[1:]), "steps": rows[-1]["step"],
+                          for part in rows[1]["seconds"]}, "steps": rows[-1]["step"],
+              **{name: sum(row[name] for row in rows[1:]) for name in ("tokens", "skipped")},
               "peak_memory_mb": peak >> 10, "model": f"{folder}/checkpoint-{made['step']:06d}"}
     write_atomically(f"{folder}/summary.json", json.dumps(result, indent=1))
     return result

@@ -82,7 +82,7 @@ def whole(tmp_path_factory, few):
 
 def test_a_run_leaves_what_it_promises(whole):
     run, out = whole
-    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoint-000006"}
+    assert {p.name for p in run.iterdir()} == {"config.json", "metrics.jsonl", "samples.jsonl", "summary.json", "checkpoint-000004", "checkpoint-000006"}
     summary = json.loads((run / "summary.json").read_text())
     assert {"before", "after", "seconds", "steps", "peak_memory_mb", "model", "skipped"} <= set(summary) and summary["steps"] == 6
     for when in ("before", "after"):
@@ -177,7 +177,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path, whole, few, where):
     assert rows(run / "samples.jsonl") == rows(whole[0] / "samples.jsonl")
     mine, theirs = (json.loads((r / "summary.json").read_text()) for r in (run, whole[0]))
     assert mine["before"] == theirs["before"] and mine["after"] == theirs["after"]
-    assert len(files.checkpoints(str(run))) == 1 and not list(run.glob("*.tmp"))
+    assert [p[-1] for p in files.checkpoints(str(run))] == ["4", "6"] and not list(run.glob("*.tmp"))
 
 
 def test_killed_from_outside_twice(tmp_path, whole, few):

@@ -108,11 +108,10 @@ def spans_from_ids(tokenizer, ids):
 def spans_from_text(tokenizer, text):
     """Ids and spans of a text that is given, for a verifier to score.
     text -> ids, a list of N, and spans float64 [N, 2], which tile [0, len(text)] if N > 0.
-    No special token is added; the spelling of one ("</s>") is ordinary text, if a Unigram model
-    does not know it as a word.  Spans are those of the ids' bytes when these give the text back:
-    "e🙂" as `▁ e F0 9F 99 82` has [0, 0] [0, 1] [1, 1.25] [1.25, 1.5] [1.5, 1.75] [1.75, 2].  Where
-    the tokenizer changed the text (NFC, lower case, unknown characters) the library says where a
-    token begins, and it ends where the next one does: of several in one character the last has it.
+    No special token is added; the spelling of one ("</s>") is text.  Spans are those of the ids'
+    bytes when these give the text back: "e🙂" as `▁ e F0 9F 99 82` has [0, 0] [0, 1] [1, 1.25]
+    [1.25, 1.5] [1.5, 1.75] [1.75, 2].  Where the tokenizer changed the text (NFC, lower case) the
+    library says where a token begins; it ends where the next does: the last in a character has it.
     ValueError: as for spans_from_ids; a lone surrogate in the text (UnicodeEncodeError)."""
     text.encode("utf-8")  # raises on a lone surrogate
     pieces = _pieces(tokenizer)

@@ -106,7 +106,6 @@ def estimators(model, *, seed: int = 0, **settings) -> dict:
             "min-perplexity": partial(best_by, getattr(model, "logprob", None))}
 
 
-# Final answers
 ARG = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # a braced group, up to two more levels inside
 RULES = [  # (pattern, what takes its place): one by one, again and again, until nothing changes
     (r"\^\{\\circ\}|\\degree|°|\\?[%$]|(?<![., ])[.,]\Z", ""),  # 90^{\circ} -> 90, \$5. -> 5
@@ -170,7 +169,6 @@ def answer_rewards(rollouts: list, references: list) -> torch.Tensor:
                          for group, key in zip(rollouts, keys) for y in group])
 
 
-# Rubrics and judges
 MARKED = r"[\s*_`\"'“(#]*%s[\s*_`\"'”).,!]*"  # **Yes.** is yes, "!yes" and "yes?" are not
 
 

@@ -104,11 +104,10 @@ def prefill(model, prompt_ids: list, prompt_of: torch.Tensor):
 
 
 def stepper(model, cache, attend, room: int):
-    """A cache [B, heads, L, width], attend [B, L] -> step(token [B, 1], attend [B, L + 1, 2, ...]),
-    which gives the hidden states [B, 1, D] behind one token more, `room` times at most.  The cache
-    gets its room at once (transformers' own is copied for every token), and on CUDA a step is one
-    graph: Python would start a model's kernels more slowly than they run.  Models with windows, or
-    that wait for the GPU in their forward pass, do without."""
+    """A cache of L tokens, attend [B, L] -> step(token [B, 1], attend [B, L + 1, 2, ...]): hidden
+    states [B, 1, D], `room` times at most.  The cache gets its room at once (transformers' copies
+    all of it for every token); on CUDA a step is one graph, which starts faster than its kernels
+    one by one.  Models with windows, or whose forward pass waits for the GPU, do without."""
     if any(type(layer).__name__ != "DynamicLayer" for layer in cache.layers):
         return lambda token, attend: read(model, token, attend, cache)[0]
     n, kind, cuda = attend.shape[1], attend.device.type, attend.is_cuda
@@ -138,7 +137,6 @@ def stepper(model, cache, attend, room: int):
         with contextlib.suppress(torch.AcceleratorError), torch.cuda.graph(graph, stream=stream):
             hidden = forward()
             run = lambda: graph.replay() or hidden
-
     def step(new, _):
         nonlocal end
         token.copy_(new)
@@ -209,7 +207,6 @@ def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, en
         hidden = torch.cat([hidden, read(model, y, attend, cache)[0]], 1)
     row, t = response_mask(lengths, n + 1).nonzero(as_tuple=True)  # [K] each
     hidden, target = hidden[row, t], ids[row, t]  # [K, D], [K]: the state before y_t, and y_t
-
     def score(hidden, target):
         logits = model_logits(model, hidden)  # [chunk, V]
         logits = logits if temperature == 1 else logits / temperature
@@ -217,7 +214,6 @@ def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, en
         found = logp.gather(-1, target[:, None])[:, 0]
         with torch.no_grad():  # entropies; 0 log 0 is 0
             return found, -(logp.exp().mul_(logp)).nansum(-1) if entropy else found
-
     chunk = chunk or 2 ** (27 if ids.is_cuda else 25) // len(model.get_output_embeddings().weight)
     parts = list(zip(hidden.split(chunk), target.split(chunk)))
     if len(parts) > 1 and torch.is_grad_enabled():
@@ -273,10 +269,8 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, beta: float, clip_l
     shapes = [tuple(x.shape) for x in (logp, old_logp, ref_logp, mask, advantages)]
     if len(set(shapes[:4])) > 1 or shapes[4] not in (shapes[0], (len(mask), 1)):
         raise ValueError(f"logp, old_logp, ref_logp, mask, advantages {shapes} do not fit together")
-
     def k3(x):  # estimates KL(p || q) from samples of p; x = log q - log p
         return x.exp() - x - 1
-
     mask = mask.bool()
     weight = mask / (mask.sum(1, keepdim=True).clamp(min=1) * (responses or len(mask)))  # [B, T]
     log_ratio = torch.where(mask, logp - old_logp.detach(), 0)

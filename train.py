@@ -22,7 +22,7 @@ import cat
 import cme
 import grpo
 from evaluate import held_out
-from plumbing import TOY, one_clear_line, option, progress
+from plumbing import TOY, ask_to_stop, one_clear_line, option, progress
 from plumbing.files import append_line
 from plumbing.models import chat_ids, end_of_turn
 from plumbing.prompts import question_text
@@ -39,9 +39,9 @@ TOYS = {  # what is taken where nothing is given: generator, prompts, eval_promp
 class Options:
     reward: Literal["cme", "cme-sequence", "reverse-kl", "rent", "cat", "cat-answer", "cat-match",
                     "rubric-given", "cat-sft"] = option(
-        "cme", "cme: per token (Eq. 1); cme-sequence: per response (Eq. 3); reverse-kl: less log "
-        "pi; rent: minus entropy; cat: rubric (Eq. 3-4); cat-answer: the same answer; cat-match: "
-        "judged alike; rubric-given: the prompts'; cat-sft: cross-entropy on `output` (Eq. 12)")
+        "cme", "cme: per token (Eq. 1), cme-sequence: per response (Eq. 3), reverse-kl: less log "
+        "pi, rent: minus entropy; cat: rubric (Eq. 3-4), cat-answer: the same answer, cat-match: "
+        "judged alike, rubric-given: the prompts', cat-sft: cross-entropy on `output` (Eq. 12)")
     credit: Literal["token", "word"] = option("token", "cme: the paper's, or the whole word's")
     generator: str = option("", "model to train, a folder or a hub name; empty: the toy's")
     verifier: str = option(f"{TOY}/cme/verifier", "CME: scores; random:MODEL: random weights")
@@ -93,7 +93,6 @@ class Options:
                 setattr(self, name, value)
 
 
-# The parts of a step
 def prompts_of_step(prompts: list, per_step: int, seed: int, step: int) -> list:
     """The P prompts of a step: all are gone through again and again, each time in another order."""
     n, chosen = len(prompts), []
@@ -259,20 +258,18 @@ def train(run) -> dict:
     done = begin(run, optimizer)
     if not done:
         record(run, optimizer, 0, {"held_out": scores_of(run)})
+    stop = ask_to_stop()
     bar = progress(range(done, o.steps), initial=done, total=o.steps, desc=o.reward)
     for step in bar:
         clock, rows = [time.time()], prompts_of_step(run.rows, o.prompts_per_step, o.seed, step)
-
         # 1. G responses to each of P prompts
         prompt_ids, ids, lengths = batch = rollout(run, rows, step)
         clock.append(time.time())
-
         # 2. their rewards: what the verifier thinks of each token, or agreement with the reference
         seed = 8 * (o.seed * 1_000_003 + step)  # of synthesis; the rubrics' is one more
         rewards, counted, told = step_rewards(run, rows, *batch, seed)
         skill = check_start(run, rewards, told) if told and not step else {}
         clock.append(time.time())
-
         # 3. compared within the group
         ref_logp = logprobs(run, run.reference, *batch) if o.beta else None
         in_reward, old_logp = o.beta and o.kl_in == "reward", None  # None: of the policy as it is
@@ -286,13 +283,11 @@ def train(run) -> dict:
         else:
             kl = (old_logp - ref_logp).sum(1) if in_reward else 0  # [B]
             advantages = grpo.group_advantages(rewards - o.beta * kl, G, scale=o.scale)
-
         # 4. clipped steps towards the better ones, held back by the reference
         optimizer.param_groups[0]["lr"] = learning_rate(o, step)
         updates = [update(run, optimizer, *batch, old_logp, ref_logp, advantages)
                    for _ in range(o.updates_per_rollout)]
         clock.append(time.time())
-
         # 5. how it went
         row = metrics_of(run, G, ids, lengths, rewards, counted, advantages, told, updates)
         row |= {"lr": learning_rate(o, step)} | skill
@@ -302,7 +297,9 @@ def train(run) -> dict:
             row["held_out"] = scores_of(run)
         parts = "rollout", "scoring", "update", "other"  # evaluation, samples
         row["seconds"] = dict(zip(parts, np.diff(clock + [time.time()])))
-        record(run, optimizer, step + 1, row)
+        record(run, optimizer, step + 1, row, stop)
+        if stop and step + 1 < o.steps:
+            raise KeyboardInterrupt
     return finish(run)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import sys
 from dataclasses import field
 
@@ -37,6 +38,13 @@ def one_clear_line(main, script: str, again: str = "the same command continues")
     print(f"{script}: {line}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(status)  # at once: no thread that waits for a server holds this up
+
+
+def ask_to_stop() -> list:
+    """A list that the first Ctrl-C fills, so that a step ends in a checkpoint; the second stops."""
+    asked, at_once = [], signal.default_int_handler
+    signal.signal(signal.SIGINT, lambda *_: asked.append(signal.signal(signal.SIGINT, at_once)))
+    return asked
 
 
 def one_line(text) -> str:

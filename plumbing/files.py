@@ -53,13 +53,11 @@ def read_json(path: str) -> dict:
 
 def checkpoints(folder: str) -> list:
     """The whole checkpoints of a run, oldest first."""
-    found = map(str, Path(folder).glob("checkpoint-*[0-9]"))
-    return sorted(found, key=lambda path: int(path.rpartition("-")[2]))
+    return sorted(map(str, Path(folder).glob("checkpoint-" + "[0-9]" * 6)))
 
 
 def save_checkpoint(folder, step: int, model, tokenizer, state: dict, best: int = 0):
-    """folder/checkpoint-STEP, whole or not at all; of the others the last and the best step's stay.
-    OSError: it cannot be written."""
+    """folder/checkpoint-STEP, whole or not at all; of the others the last and the best one stay."""
     final = os.path.join(folder, f"checkpoint-{step:06d}")
     try:
         model.save_pretrained(final + ".tmp")

@@ -17,18 +17,16 @@ import grpo
 from plumbing.files import read_json
 from plumbing.prompts import messages_of
 
-# What weights of a multimodal checkpoint (old layout, new) are called in its text model alone.
-TEXT_NAMES = {r"^language_model\.lm_head": "lm_head",
+TEXT_NAMES = {r"^language_model\.lm_head": "lm_head",  # of multimodal checkpoints, old and new
               r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
 load_tokenizer = AutoTokenizer.from_pretrained  # from a folder, or by its name on the hub
 
 
 def load_model(path: str, *, train: bool, device="", bf16=False):
-    """A causal language model from a folder or by its hub name, in eval mode, without dropout; of a
-    multimodal one (Gemma 3, 3n, 4) the text model, without its towers; from a folder of a LoRA
-    adapter, with its base, which is frozen; from random:PATH random weights of that architecture.
-    train: float32 weights with gradients (AdamW at 1e-6 changes nothing in bf16); else frozen, bf16
-    on CUDA.  ValueError: missing weights; `grpo.model_logits` does not give the model's own."""
+    """A causal language model from a folder or hub name, in eval mode, without dropout; of Gemma 3,
+    3n and 4 the text model; of a LoRA adapter's folder also its base, frozen; of random:PATH random
+    weights.  train: float32 weights with gradients (AdamW at 1e-6 changes nothing in bf16); else
+    frozen, bf16 on CUDA.  ValueError: missing weights; `grpo.model_logits` gives other logits."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     exact = train or device.type == "cpu" and not bf16
     dtype, tolerance = (torch.float32, 1e-4) if exact else (torch.bfloat16, 2e-2)
@@ -55,8 +53,8 @@ def load_model(path: str, *, train: bool, device="", bf16=False):
     with torch.no_grad():
         own = model(input_ids=ids).logits.float()
         ours = grpo.model_logits(model, model.base_model(input_ids=ids).last_hidden_state)
-    near_zero = tolerance * own.abs().median().item()  # the largest may be masked, as -inf or so
-    if not torch.allclose(own, ours, rtol=tolerance, atol=near_zero):
+    near_zero = tolerance * own.abs().nanmedian().nan_to_num().item()  # the largest may be -inf
+    if not torch.allclose(own, ours, rtol=tolerance, atol=near_zero, equal_nan=True):
         raise ValueError(f"{type(model).__name__} changes its logits: teach grpo.model_logits how")
     return model
 
@@ -66,8 +64,6 @@ def load(what: str, path: str, device="", train=False, **settings):
     try:
         tokenizer = load_tokenizer(path.removeprefix("random:"))
         return load_model(path, train=train, device=device, **settings), tokenizer
-    except torch.OutOfMemoryError:
-        raise
     except Exception as e:  # broken files, no network, unknown architectures ...
         why = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
         raise ValueError(f"{what} {path}: no model, or not on this --device: {why}") from None
@@ -142,7 +138,7 @@ def plain_ids(tokenizer, texts: list) -> list:
 def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens: int = 0):
     """log p(v_j | x, v_<j) of B answers (lists of ids) to B prompts -> B arrays [N], nats.
     Batches of like length hold at most `batch_tokens` (0: 4,096, on CUDA 65,536); equal rows are
-    scored once, and so equal to the bit.  Where both exceed the context, a prompt loses its oldest tokens but the first."""
+    scored once.  A prompt too long for the context loses its oldest tokens, all but the first."""
     context, rows = getattr(model.config, "max_position_embeddings", None) or math.inf, []
     for prompt, answer in zip(prompts, answers, strict=True):
         before = chat_ids(tokenizer, prompt)

@@ -30,11 +30,10 @@ def question_text(prompt) -> str:
 
 
 def read_prompts(path: str) -> list:
-    """Prompts from a .jsonl, .json or .txt file (a prompt per line), or a data set of HUB -> dicts
-    with `prompt` (str or messages; or instruction, problem), `where` ("file:line"); to evaluate,
-    `facts` ([{"right", "wrong": [...], "kind"}]), `pattern` (regular expression), `answer` (what
-    belongs in \\boxed{}), `kind` (its), `rubrics` ([{"criterion", "points"}]), criteria, points;
-    CaT-SFT's `output`.  ValueError with file and line; a data set's bad rows are left out."""
+    """Prompts from a .jsonl, .json or .txt file (one per line), or a data set of HUB -> dicts with
+    `prompt` (str, messages), `where` ("file:line"); to evaluate, `facts` ([{"right", "wrong": [..],
+    "kind"}]), `pattern` (regular expression), `answer` and its `kind`, `rubrics` ([{"criterion",
+    "points"}]); CaT-SFT's `output`.  ValueError: what, where; a data set's bad rows go."""
     files, rows = download(path) if path in HUB else [path], []
     for where, item in (pair for file in files for pair in items_of(file)):
         try:

@@ -84,9 +84,10 @@ def prepare(o):
     rows = draw_prompts(rows, tokenizer) if o.prompts == "ultrafeedback" else rows
     eval_rows = read_prompts(o.eval_prompts) if o.eval_prompts else []
     for row in rows + eval_rows:
-        if len(chat_ids(tokenizer, row["prompt"])) + o.max_new_tokens > actor.context:
-            raise ValueError(f"{row['where']}: with --max_new_tokens this does not fit the "
-                             f"generator's context of {actor.context} tokens; leave it out")
+        ids = chat_ids(tokenizer, row["prompt"])
+        if len(ids) + o.max_new_tokens > actor.context or max(ids) >= policy.config.vocab_size:
+            raise ValueError(f"{row['where']}: leave it out: with --max_new_tokens it exceeds the "
+                             f"context of {actor.context} tokens, or not all are the generator's")
     kind, o.bf16 = policy.device.type, o.bf16 or policy.device.type == "cuda"
     judged, needed = o.reward in JUDGED, NEEDED.get(o.reward, "prompt")
     if not all(row[needed] for row in rows):
@@ -149,14 +150,14 @@ def best_step(o, rows: list) -> int:
     return max(scores, key=scores.get, default=0)
 
 
-def record(run, optimizer, step: int, row: dict):
+def record(run, optimizer, step: int, row: dict, now=()):
     """What is due after a step: its line in metrics.jsonl, and on the screen; a checkpoint."""
     o, metrics = run.options, f"{run.options.output_dir}/metrics.jsonl"
     append_line(metrics, {"step": step} | row)
     if "held_out" in row:
         tqdm.write(f"step {step}: {numbers(row['held_out'])}", file=sys.stdout)
     best = best_step(o, read_lines(metrics)) if o.keep == "best" else 0
-    if step and (step % o.save_every == 0 or step in (best, o.steps)):
+    if step and (now or step % o.save_every == 0 or step in (best, o.steps)):
         state = {"step": step, "optimizer": optimizer.state_dict()}
         save_checkpoint(o.output_dir, step, run.policy, run.tokenizer, state, best)
 

@@ -683,12 +683,13 @@ def test_the_folder_is_enough(answered, tmp_path, monkeypatch):
 
 def test_folders_of_other_trainers(tmp_path):
     """A folder with checkpoints is a run of train.py only if its config.json says so."""
-    for name in ("checkpoint-500", "checkpoint-1000"):
+    for name in ("checkpoint-000500", "checkpoint-001000"):
         (tmp_path / "other" / name).mkdir(parents=True), (tmp_path / "run" / name).mkdir(parents=True)
     (tmp_path / "other/config.json").write_text('{"model_type": "qwen2"}')
     assert evaluate.run_of(str(tmp_path / "other")) == (str(tmp_path / "other"), {})
     (tmp_path / "run/config.json").write_text('{"reward": "cme"}')
-    for summary, made in (({}, "checkpoint-1000"), ({"model": "elsewhere/checkpoint-500"}, "checkpoint-500"), ({"model": "gone/checkpoint-250"}, "checkpoint-1000")):
+    for summary, made in (({}, "checkpoint-001000"), ({"model": "elsewhere/checkpoint-000500"}, "checkpoint-000500"),
+                          ({"model": "gone/checkpoint-000250"}, "checkpoint-001000")):
         (tmp_path / "run/summary.json").write_text(json.dumps(summary))
         assert evaluate.run_of(str(tmp_path / "run")) == (str(tmp_path / "run" / made), {"reward": "cme"})
     assert evaluate.run_of("Qwen/Qwen3-4B") == ("Qwen/Qwen3-4B", {})

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 
@@ -322,63 +321,6 @@ def test_an_update_that_is_not_finite_is_skipped(tmp_path, few):
 def test_weights_that_blow_up_are_said_to(tmp_path, few):
     status, out, err = fork([*TINY, *few, "--lr", 1e30, "--output_dir", tmp_path / "run"], tmp_path)
     assert status == 1 and "finite" in err and "Traceback" not in err
-
-
-def broken_generator(tmp_path):
-    """The toy's generator without any stop token."""
-    model, tokenizer = models.load_model("toy/cme/generator", train=False, device="cpu"), models.load_tokenizer("toy/cme/generator")
-    model.generation_config.eos_token_id = model.config.eos_token_id = None
-    tokenizer.eos_token, tokenizer.chat_template = None, None
-    model.save_pretrained(tmp_path / "endless"), tokenizer.save_pretrained(tmp_path / "endless")
-    return tmp_path / "endless"
-
-
-BAD_FILES = {"broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "empty.txt": "\n\n", "noprompt.jsonl": '{"prompt": "a"}\n\n{"text": "b"}\n', "numbers.json": "[1]",
-             "prompts.csv": "a,b\n", "roles.jsonl": '{"prompt": [{"content": "a"}]}\n', "blank.jsonl": '{"prompt": "  "}\n',
-             "pattern.jsonl": '{"prompt": "a", "pattern": "("}\n', "facts.jsonl": '{"prompt": "a", "facts": [{"right": "x"}]}\n',
-             "object.json": '{"prompts": ["a"]}', "surrogate.jsonl": '{"prompt": "\\ud800"}', 
-             "long.txt": "short\n" + "long " * 300, "latin.txt": b"caf\xe9"}
-
-
-@pytest.mark.parametrize("arguments, said", [
-    (["--nonsense", 1], "nonsense"), (["--step", 3], "--step"), (["--lr", "fast"], "--lr"), (["--group_size", 1], "--group_size"),
-    (["--top_p", 0], "--top_p"), (["--micro_batch", 0], "--micro_batch"), (["--steps", -1], "--steps"), (["--top_p", 1.5], "--top_p"), (["--temperature", 0], "--temperature"), (["--reward", "accuracy"], "--reward"),
-    (["--device", "abacus"], "abacus"), (["--resume", "--output_dir", "TMP/nothing"], "no run to resume"), (["--prompts", "TMP/nothing.jsonl"], "nothing.jsonl"),
-    (["--prompts", "TMP"], ".jsonl"), (["--generator", "TMP/nothing"], "--generator"), (["--verifier", "TMP"], "--verifier"),
-    (["--generator", "nobody/nothing"], "nobody/nothing"), (["--verifier", "torn"], "torn"),
-    (["--output_dir", "TMP/out/run"], "Not a directory"), (["--prompts", "surrogate.jsonl"], "surrogate.jsonl:1"), 
-    (["--generator", "endless"], "stop token"), (["--output_dir", "used"], "in use"),
-    (["--prompts", "broken.jsonl"], "broken.jsonl:2"), (["--prompts", "empty.txt"], "no prompts"), (["--prompts", "noprompt.jsonl"], "noprompt.jsonl:3"),
-    (["--prompts", "numbers.json"], "item 1"), (["--prompts", "prompts.csv"], ".jsonl, .json or .txt"), (["--prompts", "roles.jsonl"], "roles.jsonl:1"),
-    (["--prompts", "blank.jsonl"], "empty"), (["--eval_prompts", "pattern.jsonl"], "pattern.jsonl:1"), (["--eval_prompts", "facts.jsonl"], "facts.jsonl:1"),
-    (["--prompts", "object.json"], "item 1"), (["--prompts", "long.txt"], "long.txt:2"), (["--prompts", "latin.txt"], "UTF-8")])
-def test_bad_input_gets_one_line_and_status_2(tmp_path, arguments, said):
-    bad = {name: tmp_path / name for name in BAD_FILES}
-    for argument in arguments:
-        if argument in bad:
-            content = BAD_FILES[argument]
-            bad[argument].write_bytes(content if isinstance(content, bytes) else content.encode())
-        if argument == "endless":
-            bad["endless"] = broken_generator(tmp_path)
-        if argument == "torn":
-            bad["torn"] = shutil.copytree(ROOT / "toy/cme/verifier", tmp_path / "torn")
-            (bad["torn"] / "model.safetensors").write_bytes((bad["torn"] / "model.safetensors").read_bytes()[:1000])
-        if argument == "used":
-            bad["used"] = tmp_path / "used"
-            bad["used"].mkdir()
-            (bad["used"] / "thesis.txt").write_text("precious")
-    given = [bad.get(a, str(a).replace("TMP", str(tmp_path))) for a in arguments]
-    if "--output_dir" not in given:
-        given += ["--output_dir", tmp_path / "run"]
-    (tmp_path / "out").touch(), (tmp_path / "err").touch()
-    before = {p for p in tmp_path.rglob("*")}
-    status, out, err = fork([*given], tmp_path, lambda: setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True))
-    assert status == 2, err
-    lines = [line for line in err.splitlines() if "is empty: the toy's" not in line]
-    if lines[0].startswith("usage: "):                                         # argparse's own words
-        lines = lines[-1:]
-    assert len(lines) == 1 and lines[0].startswith("train.py: ") and said in lines[0] and len(lines[0]) < 700
-    assert {p for p in tmp_path.rglob("*")} == before
 
 
 def test_options_can_be_changed_on_resume(whole, tmp_path, few):

@@ -315,4 +315,4 @@ def test_the_best_model_survives_a_kill(tmp_path, few):
     status, out, err = fork(["--resume", "--output_dir", tmp_path / "run"], tmp_path, worse)
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert status == 0 and summary["model"].endswith("checkpoint-000003") and summary["after"]["facts"] == 0.95 and summary["steps"] == 6, err
-    assert sorted(p.name for p in (tmp_path / "run").glob("*-0*")) == ["checkpoint-000003", "checkpoint-000006"]
+    assert sorted(p.name for p in (tmp_path / "run").glob("*-0*")) == ["checkpoint-000003", "checkpoint-000004", "checkpoint-000006"]

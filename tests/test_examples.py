@@ -131,3 +131,41 @@ def test_two_processes_have_the_gradient_of_one(tmp_path, group):
     assert alone.keys() == together.keys() and max(g.abs().max() for g in alone.values()) > 1e-3
     for name, gradient in alone.items():
         torch.testing.assert_close(together[name], gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_verl(monkeypatch):
+    """examples/verl_cme.py on stand-ins of the shapes of verl 0.9 (its own classes: `python tests/verl_by_hand.py` where verl is installed)."""
+    import asyncio
+    import types
+
+    import verl_by_hand
+
+    class RewardManagerBase:
+        _class_initialized = False
+
+        def __init__(self, config, tokenizer, compute_score):
+            self.config, self.tokenizer, self.loop = config, tokenizer, asyncio.new_event_loop()
+            self.init_class(config, tokenizer)
+
+        @classmethod
+        def init_class(cls, config, tokenizer):
+            cls._class_initialized = True
+
+    class DataProto:
+        def __init__(self, batch, non_tensor_batch):
+            self.batch, self.non_tensor_batch = batch, non_tensor_batch
+
+        def __getitem__(self, part):
+            return DataProto(*({name: x[part] for name, x in of.items()} for of in (self.batch, self.non_tensor_batch)))
+
+        @classmethod
+        def from_dict(cls, tensors, non_tensors):
+            return cls(tensors, non_tensors)
+    for name in ("verl", "verl.experimental", "verl.experimental.reward_loop", "verl.experimental.reward_loop.reward_manager", "verl.experimental.reward_loop.reward_manager.base",
+                 "verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.core_algos"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    sys.modules["verl.experimental.reward_loop.reward_manager.base"].RewardManagerBase = RewardManagerBase
+    sys.modules["verl.trainer.ppo.core_algos"].register_adv_est = lambda name: lambda f: f
+    monkeypatch.delitem(sys.modules, "examples.verl_cme", raising=False)
+    verl_by_hand.check(DataProto)
+    monkeypatch.delitem(sys.modules, "examples.verl_cme", raising=False)

@@ -102,6 +102,8 @@ def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
 def test_facts_of_people_and_of_what_a_verifier_knows():
     """Base scores: near .70, as of all facts; the known half is make.py's."""
     base = f"{ROOT}/toy/cme/generator"
+    assert claims.distinct(["a b c", "a b"]) == pytest.approx(2 / 3) and claims.distinct(["a", ""]) == 0
+    assert 0.05 < claims.more_scores("", "cme", base)["distinct"] < 0.9
     unknown, kept = claims.more_scores("", "half", base)["unknown"], claims.more_scores("", "some_people", base)["kept_out"]
     assert unknown == pytest.approx(0.698, abs=0.06) and kept == pytest.approx(0.698, abs=0.06)
 

@@ -73,6 +73,7 @@ CLAIMS = {  # paper: (what is claimed, run A, when, measure; run B, when, measur
         ("people kept out of RL gain too", "some_people after kept_out", "some_people before kept_out"),
         ("facts that the verifier does not know improve too", "half after unknown", "half before unknown"),
         ("style does not collapse (share of the top wording does not rise)", "cme before wording", "cme after wording"),
+        ("nor do sampled answers get less varied (distinct bigrams)", "cme after distinct", "cme before distinct"),
         ("300 steps: a second verifier, never trained on, likes the answers better too", "watched after watch", "watched before watch"),
         ("sampled answers stay well-formed", "cme after sampled_valid", "cme before sampled_valid")],
     "cat": [
@@ -165,24 +166,33 @@ def training(folder: str, paper: str, names: list, seeds: int, few: int, finishe
     results = {name: {} for name in names}
     for (name, seed), summary in zip(jobs, done):
         results[name][seed] = summary
-        if name in ("some_people", "half"):
+        if name in ("some_people", "half", "cme"):
             summary["before"] |= more_scores(folder, name, f"{TOY}/cme/generator")
             summary["after"] |= more_scores(folder, name, summary["model"])
     return results
 
 
 def more_scores(folder: str, name: str, path: str) -> dict:
-    """Greedy facts about people that RL did not ask about, or facts that the verifier does not know."""
+    """Greedy facts about people that RL did not ask about, or facts that the verifier does not know; how varied sampled answers are."""
     from toy.make import NAMES, VALUES, known_facts
     known, rows = known_facts(0.5), read_prompts(f"{TOY}/cme/eval.jsonl")
+    model = models.LocalModel(*models.load("claims", path, "cpu"))
+    if name == "cme":
+        return {"distinct": distinct(sum(model.complete([row["prompt"] for row in rows], n=2, max_new_tokens=48), []))}
     who = [next(n for n in NAMES if n in row["prompt"]) for row in rows]
     if name == "some_people":
         rows = [row for row, n in zip(rows, who) if NAMES.index(n) % 2 == 0]  # "SOME" asks about the others
     else:
         rows = [row | {"facts": [f for f, a in zip(row["facts"], VALUES) if (n, a) not in known]} for row, n in zip(rows, who)]
-    model = models.LocalModel(*models.load("claims", path, "cpu"))
     replies = [reply for [reply] in model.replies([row["prompt"] for row in rows], max_new_tokens=48, temperature=0.0)]
     return {"kept_out" if name == "some_people" else "unknown": float(np.nanmean(values_of(rows, replies)["facts"]))}
+
+
+def distinct(texts: list, n: int = 2) -> float:
+    """The share of word n-grams of all texts that are different ones: ["a b c", "a b"] -> 2 of 3 bigrams."""
+    words = [text.split() for text in texts]
+    grams = [tuple(row[i:i + n]) for row in words for i in range(len(row) - n + 1)]
+    return len(set(grams)) / max(1, len(grams))
 
 
 # ---------------------------------------------------------------- the report

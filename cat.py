@@ -72,7 +72,6 @@ def judge_prompt(response: str, criterion: str, question=None) -> str:
     return ask(JUDGE, block("response", response), block("criterion", criterion), question=question)
 
 
-# Reference estimators: (prompts, rollouts [P][G], ...) -> P texts
 def synthesize(prompts: list, rollouts: list, model, *, style="freeform", question=False,
                **settings) -> list:
     """Eq. 1: s ~ pi_0(. | p_syn, o_1..o_G): the anchor reads the rollouts, not the question.

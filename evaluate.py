@@ -135,8 +135,8 @@ def held_out(model, rows: list, *, max_new_tokens: int, judge=None, verifiers={}
     """Means of a text model's `values_of`, greedy, and of some at T = 1 with its top-k and top-p
     (`sampled_`); the top wording's share; `rubric` without facts and answer; verifiers' Eq. 3."""
     result, prompts = {}, [row["prompt"] for row in rows]
-    for prefix, T in (("sampled_", 1.0), ("", 0.0)):  # greedy last: its replies are used below
-        replies = sum(model.replies(prompts, max_new_tokens=max_new_tokens, temperature=T), [])
+    for prefix, heat in (("sampled_", 1.0), ("", 0.0)):  # greedy last: its replies are used below
+        replies = sum(model.replies(prompts, max_new_tokens=max_new_tokens, temperature=heat), [])
         means = {name: float(np.nanmean(v)) for name, v in values_of(rows, replies).items()}
         told = ("facts", "accuracy", "valid") if prefix else means
         result = {prefix + m: v for m, v in means.items() if m in told} | result

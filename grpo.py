@@ -104,46 +104,48 @@ def prefill(model, prompt_ids: list, prompt_of: torch.Tensor):
 
 
 def stepper(model, cache, attend, room: int):
-    """A cache of L tokens, attend [B, L] -> step(token [B, 1], attend [B, L + 1, 2, ...]): hidden
-    states [B, 1, D], `room` times at most.  The cache gets its room at once (transformers' copies
-    all of it for every token); on CUDA a step is one graph, which starts faster than its kernels
-    one by one.  Models with windows, or whose forward pass waits for the GPU, do without."""
-    if any(type(layer).__name__ != "DynamicLayer" for layer in cache.layers):
+    """A cache of L tokens, attend [B, L] -> step(token [B, 1], attend [B, L + 1], then [B, L + 2]
+    ...): hidden states [B, 1, D], `room` times.  The cache gets its room at once (transformers' is
+    copied for every token), not for windows and ALiBi; on CUDA a step is one graph, unless a model
+    waits for the GPU: then draws need a `generator`, as torch's own does not recover from that."""
+    kinds = {type(layer).__name__ for layer in cache.layers}
+    if kinds != {"DynamicLayer"} or model.config.model_type in ("bloom", "falcon", "gpt_neo"):
         return lambda token, attend: read(model, token, attend, cache)[0]
-    n, kind, cuda = attend.shape[1], attend.device.type, attend.is_cuda
-    end = n + room if cuda else n  # of what is attended to; a graph's shapes are fixed
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else model.dtype
+    L, on, cuda = attend.shape[1], attend.device.type, attend.is_cuda
+    end = L + room if cuda else L  # of what is attended to; a graph's shapes are fixed
+    dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else model.dtype
     mask = torch.zeros_like(attend, dtype=dtype).masked_fill(attend == 0, -torch.inf)
     mask = F.pad(mask, (0, room), value=-torch.inf)[:, None, None]  # [B, 1, 1, L + room]
-    place, at = attend.sum(1, keepdim=True), torch.tensor([n], device=attend.device)
-    token = torch.zeros_like(place)  # [B, 1]
-    def put(kept, *new, **_):
+    position, at = attend.sum(1, keepdim=True), torch.tensor([L], device=attend.device)
+    token = torch.zeros_like(position)  # [B, 1]; a graph reads, and moves on, tensors in place
+    def put(kept, *new, **_):  # instead of DynamicLayer.update, which copies all
         for x, of in zip(kept, new):
             x.index_copy_(2, at, of.to(dtype))
         return [x[:, :, :end] for x in kept]
     for layer in cache.layers:
-        there = [x[:, :, :n].to(dtype) for x in (layer.keys, layer.values)]
+        there = [x[:, :, :L].to(dtype) for x in (layer.keys, layer.values)]
         layer.keys, layer.values = kept = [F.pad(x, (0, 0, 0, room)) for x in there]
         layer.update = partial(put, kept)  # of tensors: a cycle would keep the memory
     def forward():
-        ids = {"input_ids": token, "position_ids": place, "attention_mask": mask[..., :end]}
-        return model.base_model(**ids, past_key_values=cache, use_cache=True)[0]
+        inputs = {"input_ids": token, "position_ids": position, "attention_mask": mask[..., :end]}
+        return model.base_model(**inputs, past_key_values=cache, use_cache=True)[0]
     run = forward
     if cuda:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(attend.device)
         stream.wait_stream(torch.cuda.current_stream(attend.device))
         with torch.cuda.stream(stream):
             forward()  # what a first call sets up is not for the graph; the first step overwrites
-        with contextlib.suppress(torch.AcceleratorError), torch.cuda.graph(graph, stream=stream):
-            hidden = forward()
+        with contextlib.suppress(RuntimeError):
+            with torch.cuda.graph(graph, stream=stream):
+                hidden = forward()
             run = lambda: graph.replay() or hidden
-    def step(new, _):
+    def step(new, _):  # the mask is kept here
         nonlocal end
         token.copy_(new)
         mask.index_fill_(3, at, 0)
         end += not cuda
         hidden = run()
-        place.add_(1), at.add_(1)
+        position.add_(1), at.add_(1)
         return hidden
     return step
 
@@ -159,7 +161,7 @@ def sample(model, prompt_ids: list, group_size: int, *, max_new_tokens: int, sto
         raise ValueError("sample needs prompts, tokens in each, group_size and max_new_tokens > 0")
     row = torch.arange(len(prompt_ids) * group_size, device=model.device)  # of `ids`, in the batch
     hidden, cache, attend = prefill(model, prompt_ids, row // group_size)
-    step = stepper(model, cache, attend, max_new_tokens)
+    step = max_new_tokens > 1 and stepper(model, cache, attend, max_new_tokens)
     ids = torch.zeros(len(row), max_new_tokens, dtype=torch.long, device=model.device)
     lengths, stop = torch.zeros_like(row), torch.tensor(stop_ids, device=model.device)
     running = torch.ones_like(row, dtype=torch.bool)
@@ -173,7 +175,7 @@ def sample(model, prompt_ids: list, group_size: int, *, max_new_tokens: int, sto
             break
         if 8 * left <= (4 if ids.is_cuda else 7) * len(row):
             keep = running.nonzero()[:, 0]
-            cache.batch_select_indices(keep)
+            step = cache.batch_select_indices(keep)  # None: its memory goes before the new one's
             row, token, attend, running = row[keep], token[keep], attend[keep], running[keep]
             step = stepper(model, cache, attend, max_new_tokens - t)
         attend = torch.cat([attend, torch.ones_like(token[:, None])], 1)
@@ -198,9 +200,9 @@ def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, en
     fits = len(prompt_ids) == len(lengths) == B > 0 and all(prompt_ids) and int(lengths.max()) <= T
     if not fits or temperature <= 0:
         raise ValueError("token_logprobs: B prompts, none empty; lengths [B] <= T; temperature > 0")
-    place = {}  # a prompt is read once for all of its responses
-    prompt_of = [place.setdefault(tuple(p), len(place)) for p in prompt_ids]
-    hidden, cache, attend = prefill(model, list(place), torch.tensor(prompt_of, device=ids.device))
+    number = {}  # a prompt is read once for all of its responses
+    prompt_of = [number.setdefault(tuple(p), len(number)) for p in prompt_ids]
+    hidden, cache, attend = prefill(model, list(number), torch.tensor(prompt_of, device=ids.device))
     if (n := int(lengths.max()) - 1) > 0:
         y = torch.where(response_mask(lengths, T), ids, 0)[:, :n]
         attend = torch.cat([attend, torch.ones_like(y)], 1)

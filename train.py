@@ -82,11 +82,10 @@ class Options:
     eval_every: int = option(10, "steps between held-out scores, and samples; 0: at the ends")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
     bf16: bool = option(False, "compute in bf16 on a CPU too, as on CUDA: for real models")
-
     def __post_init__(self):
         self.beta = 0.0 if self.reward == "cat-sft" else self.beta
         own, toy = self.generator and self.prompts, TOYS.get(self.reward, TOYS["cme"])
-        if own and None in (self.lr, self.steps):
+        if own and not self.resume and None in (self.lr, self.steps):
             raise ValueError("with a model and prompts of your own give --lr and --steps too")
         for name, value in zip(("generator", "prompts", "eval_prompts", "lr", "steps"), toy):
             if not own and getattr(self, name) in ("", None):

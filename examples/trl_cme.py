@@ -5,8 +5,7 @@
     accelerate launch examples/trl_cme.py Qwen/Qwen2.5-0.5B google/gemma-3-1b-it ultrafeedback 5000 runs/trl
 
 TRL multiplies advantages of shape [B, T] into its loss as they are; here they are made of whole groups, gathered from all
-processes.  KL and clipping are TRL's.  The other two rewards are ordinary reward functions: GRPOTrainer(reward_funcs=...).
-"""
+processes.  KL and clipping are TRL's.  The other two rewards are ordinary reward functions: GRPOTrainer(reward_funcs=...)."""
 import os
 import sys
 
@@ -19,7 +18,7 @@ import cat  # noqa: E402
 import cme  # noqa: E402
 import grpo  # noqa: E402
 from plumbing import TOY, models  # noqa: E402
-from plumbing.prompts import messages_of, read_prompts  # noqa: E402
+from plumbing.prompts import draw_prompts, messages_of, read_prompts  # noqa: E402
 
 
 class CMETrainer(GRPOTrainer):  # verifier: (model, tokenizer), frozen
@@ -66,11 +65,12 @@ def rubric_reward(anchor, G: int, **settings):
 def main(generator=f"{TOY}/cme/generator", verifier=f"{TOY}/cme/verifier", prompts=f"{TOY}/cme/prompts.jsonl", steps=40, output="runs/trl-cme"):
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"  # the verifier's too
     policy, tokenizer = models.load("generator", generator, device, train=True)
-    rows = Dataset.from_list([{"prompt": messages_of(row["prompt"])} for row in read_prompts(prompts)])
+    rows = draw_prompts(read_prompts(prompts), tokenizer) if prompts == "ultrafeedback" else read_prompts(prompts)
+    rows = Dataset.from_list([{"prompt": messages_of(row["prompt"])} for row in rows])
     toy, processes = generator.startswith(TOY), int(os.environ.get("WORLD_SIZE", 1))
     config = GRPOConfig(
         output_dir=output, max_steps=int(steps), num_generations=8, per_device_train_batch_size=128 // processes if toy else 8, max_completion_length=48 if toy else 1024,
-        learning_rate=8e-4 if toy else 3e-6, beta=0.0 if toy else 0.01, warmup_steps=5, lr_scheduler_type="cosine", loss_type="grpo", temperature=1.0,
+        learning_rate=8e-4 if toy else 3e-6, beta=0.0 if toy else 0.01, warmup_steps=5 if toy else 20, lr_scheduler_type="cosine", loss_type="grpo", temperature=1.0,
         use_cpu=device == "cpu", bf16=device != "cpu", gradient_checkpointing=False, report_to=[], save_strategy="no", disable_tqdm=True)
     trainer = CMETrainer(policy, args=config, processing_class=tokenizer, train_dataset=rows, verifier=models.load("verifier", verifier, device))
     trainer.train(), trainer.save_model(output)

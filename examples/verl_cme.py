@@ -6,9 +6,12 @@
 
 Rewards come as verl's `token_level_rewards` [B, T]; a token that does not count (whitespace, special) has exactly 0, so a
 counted reward of exactly 0 becomes -1e-30.  KL therefore belongs into the loss, not into the reward.  Rows of a group share
-their `index` (verl's uid).  Tried with verl 0.9.1's own registry, base class and DataProto on a CPU; a whole training with it was not run.
+their `index` (verl's uid).  The verifier is loaded by each of verl's reward workers (reward.num_workers=1) and scores row by row; a worker
+that sees no GPU scores on its CPU, so a large verifier wants a server of its own.  Tried with verl 0.9.1's own registry, base class and
+DataProto on a CPU; a whole training with it was not run.
 """
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -34,6 +37,8 @@ def position_advantages(token_level_rewards, response_mask, index, config=None, 
 
 
 class CMERewardManager(RewardManagerBase):
+    one_thread = ThreadPoolExecutor(1)  # verl asks for all rows at once, and a tokenizer's settings are shared by threads
+
     @classmethod
     def init_class(cls, config, tokenizer):
         if not cls._class_initialized:
@@ -44,7 +49,7 @@ class CMERewardManager(RewardManagerBase):
         """One row: responses [1, T], attention_mask [1, prompt + T], raw_prompt (messages) -> a list of rewards."""
         ids, row = data.batch["responses"][-1:], data.non_tensor_batch["raw_prompt"][-1]
         lengths = data.batch["attention_mask"][-1:, -ids.shape[1]:].sum(1)
-        return {"reward_score": await self.loop.run_in_executor(None, self.score, list(row), ids, lengths)}
+        return {"reward_score": await self.loop.run_in_executor(self.one_thread, self.score, list(row), ids, lengths)}
 
     def score(self, prompt, ids, lengths) -> list:
         rewards, counted = cme.token_rewards(*self.verifier, self.tokenizer, [prompt], ids, lengths)

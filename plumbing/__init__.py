@@ -20,7 +20,7 @@ def option(default, help):
 
 
 def one_clear_line(main, script: str, again: str = "the same command continues"):
-    """Runs main().  A user's mistake ends in one line and status 2, Ctrl-C in 130, trouble in 1."""
+    """Runs main().  What a user can mend ends in one line and status 2, Ctrl-C 130, trouble 1."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our line says it all
     model_logging.set_verbosity_error()
     model_logging.disable_progress_bar()
@@ -43,7 +43,8 @@ def one_clear_line(main, script: str, again: str = "the same command continues")
 def ask_to_stop() -> list:
     """A list that the first Ctrl-C fills, so that a step ends in a checkpoint; the second stops."""
     asked, at_once = [], signal.default_int_handler
-    signal.signal(signal.SIGINT, lambda *_: asked.append(signal.signal(signal.SIGINT, at_once)))
+    signal.signal(signal.SIGINT, lambda *_: asked.append(signal.signal(signal.SIGINT, at_once))
+                  or print("this step ends in a checkpoint; again: at once", file=sys.stderr))
     return asked
 
 

@@ -171,7 +171,6 @@ class LocalModel:
     """A text model from a transformers model and its tokenizer.  A prompt too long has no reply."""
 
     last_error, verdict_tokens = "", 1  # a yes or no is the first token of a reply
-
     def __init__(self, model, tokenizer, *, top_k=0, top_p=1.0, batch_tokens: int = 0):
         self.model, self.tokenizer = model, tokenizer
         self.context = getattr(model.config, "max_position_embeddings", None) or math.inf
@@ -215,7 +214,6 @@ class LocalModel:
 
 class Endpoint:
     """A text model behind an OpenAI-compatible server (`openai` package), a request an answer."""
-
     def __init__(self, model: str, url: str, *, key=None, concurrency=8, timeout=60.0, retries=4):
         import openai
         self.model, self.name, self.concurrency = model, f"{model} at {url}", concurrency

@@ -61,9 +61,10 @@ def start_of(o):
             state = torch.load(f"{path}/state.pt", map_location="cpu", weights_only=True)
             return *load("--resume", path, o.device, train=True), state
         except Exception as e:  # cut off, overwritten ...
-            print(f"{path} cannot be read; the one before? {e}", file=sys.stderr)
-    if found:
-        raise ValueError(f"{o.output_dir}: none of its checkpoints can be read")
+            told = f"{path} cannot be read: {' '.join(str(e).split())[:300]}"
+            if path == found[-1]:
+                raise ValueError(told) from None
+            print(f"{told}; trying the one before", file=sys.stderr)
     return *load("--generator", o.generator, o.device, train=True), {"step": -1}
 
 

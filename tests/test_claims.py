@@ -53,7 +53,7 @@ def test_claims_compare_the_runs_that_they_name(tmp_path, capsys):
     for paper, rows in claims.CLAIMS.items():
         for _, *sides in rows:
             assert all(side.rsplit(" ", 2)[0] in claims.RUNS[paper] and side.split()[-2] in ("before", "after") for side in sides)
-    score = lambda facts: {"facts": facts, "sampled_facts": facts, "wording": 1 - facts, "sampled_valid": 1.0}  # noqa: E731
+    score = lambda facts: {"facts": facts, "sampled_facts": facts, "wording": 1 - facts, "sampled_valid": 1.0, "distinct": facts / 2}  # noqa: E731
     results = {name: {seed: {"before": score(0.5), "after": score(0.9 - 0.2 * (name == "rent") + 0.01 * seed)} for seed in range(4)}
                for name in ("cme", "sequence", "rent")}
     found = {c["claim"]: c for c in claims.claims_of("cme", results)}

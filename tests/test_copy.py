@@ -59,7 +59,7 @@ assert grpo.draw(torch.tensor([[0., 9, 0]]), temperature=0).tolist() == [1] == g
 
 class Tiny(torch.nn.Module):                  # the interface that grpo asks of a model: base_model, output embeddings, config, device
     class config:
-        get_text_config = classmethod(lambda cls: cls)
+        get_text_config, model_type = classmethod(lambda cls: cls), "tiny"
     device = torch.device("cpu")
     dtype = torch.float32
     def __init__(self):

@@ -26,7 +26,9 @@ def check(DataProto):
     data = DataProto.from_dict(
         tensors={"prompts": prompts, "responses": ids, "response_mask": mask.long(), "attention_mask": torch.cat([torch.ones(4, 3, dtype=torch.long), mask.long()], 1)},
         non_tensors={"raw_prompt": np.array([[{"role": "user", "content": p}] for p in asked] + [None], dtype=object)[:4], "uid": np.array(["b", "a", "b", "a"], dtype=object)})
-    scores = [manager.loop.run_until_complete(manager.run_single(data[i:i + 1]))["reward_score"] for i in range(4)]
+    async def together():
+        return await asyncio.gather(*[manager.run_single(data[i:i + 1]) for i in range(4)])
+    scores = [found["reward_score"] for found in manager.loop.run_until_complete(together())]
     scored = manager.assemble_rm_scores(data, scores)
     rewards, counted = cme.token_rewards(*verl_cme.CMERewardManager.verifier, tokenizer, asked, ids, lengths)
     torch.testing.assert_close(scored, rewards, atol=1e-5, rtol=1e-5)

@@ -73,7 +73,7 @@ CLAIMS = {  # paper: (what is claimed, run A, when, measure; run B, when, measur
         ("people kept out of RL gain too", "some_people after kept_out", "some_people before kept_out"),
         ("facts that the verifier does not know improve too", "half after unknown", "half before unknown"),
         ("style does not collapse (share of the top wording does not rise)", "cme before wording", "cme after wording"),
-        ("nor do sampled answers get less varied (distinct bigrams)", "cme after distinct", "cme before distinct"),
+        ("sampled answers stay as varied (distinct bigrams)", "cme after distinct", "cme before distinct"),
         ("300 steps: a second verifier, never trained on, likes the answers better too", "watched after watch", "watched before watch"),
         ("sampled answers stay well-formed", "cme after sampled_valid", "cme before sampled_valid")],
     "cat": [

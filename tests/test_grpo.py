@@ -36,6 +36,8 @@ def config_of(arch, vocab):
     if arch == "gpt2":
         return c.GPT2Config(vocab_size=vocab, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=None, eos_token_id=None,
                             tie_word_embeddings=False)
+    if arch == "bloom":
+        return c.BloomConfig(vocab_size=vocab, hidden_size=32, n_layer=2, n_head=4, bos_token_id=None, eos_token_id=None, pad_token_id=None)
     name, extra = {
         "qwen2": (c.Qwen2Config, {}),
         "llama": (c.LlamaConfig, {}),
@@ -604,7 +606,7 @@ def unpad(ids, lengths):
     return [y[:n] for y, n in zip(ids.tolist(), lengths.tolist())]
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [*ARCHS, "bloom"])  # ALiBi
 def test_greedy_padded_batch_equals_each_prompt_alone_and_the_slow_loop(arch):
     want = [slow_greedy(arch, tuple(p), 10) for p in PROMPTS]
     assert sum(len(set(y)) for y in want) >= 15, "the text should not just repeat itself"
@@ -612,6 +614,29 @@ def test_greedy_padded_batch_equals_each_prompt_alone_and_the_slow_loop(arch):
     assert unpad(ids, lengths) == [y for y in want for _ in range(2)]
     for prompt, y in zip(PROMPTS, want):
         assert unpad(*grpo.sample(tiny(arch), [prompt], 1, max_new_tokens=10, temperature=0, stop_ids=[49_999])) == [y]
+
+
+def plain(model, cache, attend, room):
+    return lambda token, attend: grpo.read(model, token, attend, cache)[0]
+
+
+@pytest.mark.parametrize("arch", ["qwen2", "gemma3"])
+def test_bf16_autocast_draws_what_the_plain_loop_draws(arch, monkeypatch):
+    """The cache with room is kept in bf16 then, which attention would make of it anyway."""
+    model = tiny(arch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        settings = dict(max_new_tokens=12, stop_ids=[3, 4], temperature=1.0)
+        ours = grpo.sample(model, PROMPTS, 4, generator=torch.Generator().manual_seed(0), **settings)
+        monkeypatch.setattr(grpo, "stepper", plain)
+        theirs = grpo.sample(model, PROMPTS, 4, generator=torch.Generator().manual_seed(0), **settings)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs)) and ours[1].unique().numel() > 2
+
+
+def test_one_token_is_one_forward_pass(monkeypatch):
+    """A verdict: no room is made, no graph captured."""
+    monkeypatch.setattr(grpo, "stepper", lambda *_: pytest.fail("a stepper for nothing"))
+    ids, lengths = grpo.sample(tiny(), PROMPTS, 1, max_new_tokens=1, stop_ids=[], temperature=0)
+    assert ids.shape == (len(PROMPTS), 1) and lengths.tolist() == [1] * len(PROMPTS)
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -3,7 +3,7 @@
 A `model` is a causal language model of transformers, a prompt a list of ids; all else are tensors.
 Letters, in the whole project: P prompts, G responses per prompt, B = P * G rows (the G of a prompt
 adjacent), T generator tokens of a response (right-padded), N verifier tokens, V vocabulary, D the
-model's width, L padded length, K response tokens of a batch.  Masks come from lengths.  Nats.
+model's width, L padded length (align.py: characters), K tokens of a batch.  Masks: from lengths.
 
 Deliberate departures from the papers:
  1. A masked *reward* (whitespace, special tokens) gets advantage 0, which removes its term of the

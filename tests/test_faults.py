@@ -14,6 +14,7 @@ import evaluate
 import grpo
 import train
 from plumbing import files, models
+from test_endpoint import bad, serve  # noqa: F401
 from test_train import ROOT, TINY, few, fork, rows, weights, whole  # noqa: F401
 
 
@@ -244,3 +245,21 @@ def test_weights_are_never_pickles(tmp_path, few):  # noqa: F811
         text = script.read_text()
         if "tests" not in script.parts:
             assert text.count("torch.load(") == text.count("weights_only=True") and "pickle" not in text, script
+
+
+def test_a_judge_that_dies_midway(tmp_path, serve, monkeypatch):  # noqa: F811
+    """The run ends in one line once 32 questions in a row had no answer, with what was done before; a new judge goes on. The key is in no file."""
+    monkeypatch.setenv("JUDGE_API_KEY", "sk-very-secret")
+    server = serve(lambda number, body: ("yes" if number % 3 else "no") if number < 90 else bad(500))
+    arguments = ["--reward", "cat", "--steps", 4, "--prompts_per_step", 2, "--group_size", 4, "--max_new_tokens", 40, "--save_every", 1, "--eval_every", 0,
+                 "--output_dir", tmp_path / "run", "--judge", f"m@{server.url}"]
+    status, _, err = fork(arguments, tmp_path)
+    last = err.strip().splitlines()[-1]
+    assert status == 1 and last.startswith("train.py: no answer ") and " times in a row, m at http" in last and "Traceback" not in err, err
+    done = files.checkpoints(str(tmp_path / "run"))
+    assert 1 <= len(done) <= 2
+    fine = serve(lambda number, body: "yes" if number % 3 else "no")
+    status, _, err = fork(["--resume", "--output_dir", tmp_path / "run", "--judge", f"m@{fine.url}"], tmp_path)
+    assert status == 0 and files.read_json(f"{tmp_path}/run/summary.json")["steps"] == 4, err
+    for path in (p for p in tmp_path.rglob("*") if p.is_file()):
+        assert b"sk-very-secret" not in path.read_bytes(), path

@@ -20,7 +20,7 @@ def check(DataProto):
     manager = verl_cme.CMERewardManager(None, tokenizer, None)
     texts = ["Mia keeps a dog.", "Rosa likes rice and lives in Prague.", "Mia has a cat and lives in Oslo.", "Rosa"]
     asked = ["Tell me about Mia.", "Describe Rosa."] * 2
-    ids, lengths = grpo.pad([tokenizer(text, add_special_tokens=False).input_ids for text in texts])
+    ids, lengths = grpo.pad([tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] * (i % 2) for i, text in enumerate(texts)])
     mask = grpo.response_mask(lengths, ids.shape[1])
     prompts = torch.zeros(4, 3, dtype=torch.long)
     data = DataProto.from_dict(

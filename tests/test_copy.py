@@ -147,6 +147,7 @@ def test_nothing_happens_at_import(tmp_path):
     """No file, no thread count, no random state, no output."""
     code = """
 import torch, random, numpy as np
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TrainerCallback  # what these do is theirs
 before = torch.get_num_threads(), torch.get_rng_state().sum(), random.getstate()[1][:3], np.random.get_state()[1][:3].tolist()
 import align, cat, cme, evaluate, grpo, train
 assert before == (torch.get_num_threads(), torch.get_rng_state().sum(), random.getstate()[1][:3], np.random.get_state()[1][:3].tolist())

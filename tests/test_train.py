@@ -332,6 +332,9 @@ def test_options_can_be_changed_on_resume(whole, tmp_path, few):
     metrics = rows(run / "metrics.jsonl")
     assert metrics[3]["lr"] == pytest.approx(rows(whole[0] / "metrics.jsonl")[3]["lr"] / 2) and len(metrics) == 7
     assert json.loads((run / "config.json").read_text())["lr"] == 5e-4 and weights(run) != weights(whole[0])
+    again = ["--resume", "--output_dir", run, "--generator", ROOT / "toy/cme/generator", "--prompts", ROOT / "toy/cme/prompts.jsonl", "--steps", 7]
+    status, out, err = fork(again, tmp_path)                                  # a model and prompts of one's own: lr comes from the run
+    assert status == 0 and json.loads((run / "config.json").read_text())["lr"] == 5e-4 and len(rows(run / "metrics.jsonl")) == 8, err
 
 
 def test_the_newest_run_is_resumed(tmp_path, few, monkeypatch):

@@ -209,4 +209,4 @@ def _byte_alphabet():
 
 
 if __name__ == "__main__":
-    __import__("examples.shown").shown.show(__file__)  # on one screen, with numbers
+    from examples import shown; shown.show(__file__)  # on one screen, with numbers

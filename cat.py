@@ -270,4 +270,4 @@ def show(question: str, rollouts: list, rewards, *, reference=None, rubric=(), v
 
 
 if __name__ == "__main__":
-    __import__("examples.shown").shown.show(__file__)  # on one screen, for a prompt
+    from examples import shown; shown.show(__file__)  # on one screen, for a prompt

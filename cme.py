@@ -73,4 +73,4 @@ def sequence_rewards(verifier, verifier_tokenizer, prompts: list, texts: list) -
 
 
 if __name__ == "__main__":
-    __import__("examples.shown").shown.show(__file__)  # on one screen, with numbers
+    from examples import shown; shown.show(__file__)  # on one screen, with numbers

@@ -174,8 +174,8 @@ def sample(model, prompt_ids: list, group_size: int, *, max_new_tokens: int, sto
         if left == 0 or t + 1 == max_new_tokens:
             break
         if 8 * left <= (4 if ids.is_cuda else 7) * len(row):
-            keep = running.nonzero()[:, 0]
-            step = cache.batch_select_indices(keep)  # None: its memory goes before the new one's
+            keep, step = running.nonzero()[:, 0], None  # its memory goes before the new one's
+            cache.batch_select_indices(keep)
             row, token, attend, running = row[keep], token[keep], attend[keep], running[keep]
             step = stepper(model, cache, attend, max_new_tokens - t)
         attend = torch.cat([attend, torch.ones_like(token[:, None])], 1)
@@ -288,4 +288,4 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, beta: float, clip_l
 
 
 if __name__ == "__main__":
-    __import__("examples.shown").shown.show(__file__)  # on one screen, with numbers
+    from examples import shown; shown.show(__file__)  # on one screen, with numbers

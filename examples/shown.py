@@ -61,7 +61,7 @@ def rewards_table(text: str, target, rewards, mask, source, values) -> str:
 def align():
     """Eq. 1 on three texts; the values are made up."""
     from align import align, spans_from_ids, spans_from_text, visible
-    from plumbing.models import load_tokenizer
+    from plumbing.models import load_tokenizer, plain_ids
     print("Appendix B. The verifier's -7 and -2 nats, by shares of characters:\n")
     text, source, target = "unhappiness", [[0, 7], [7, 11]], [[0, 2], [2, 11]]
     print(under_each_other(text, {"generator": target, "verifier": source}))
@@ -73,7 +73,7 @@ def align():
     print("The toy's two tokenizers, -1 nat for each of the verifier's tokens:\n")
     text = "Rosa keeps a ferret,  lives in Paris and likes rice."
     generator, verifier = (load_tokenizer(f"{TOY}/cme/{name}") for name in ("generator", "verifier"))
-    text, target = spans_from_ids(generator, generator(text).input_ids)
+    text, target = spans_from_ids(generator, plain_ids(generator, [text])[0])
     v_ids, source = spans_from_text(verifier, text)
     values = -np.ones(len(v_ids))
     print(under_each_other(text, {"generator": target, "verifier": source}))
@@ -110,7 +110,7 @@ def cme():
     """A response, token by token, as a verifier reads it."""
     from align import spans_from_ids, spans_from_text
     from cme import aligned_rewards
-    from plumbing.models import answer_logprobs, load, load_tokenizer
+    from plumbing.models import answer_logprobs, load, load_tokenizer, plain_ids
     parser = argparse.ArgumentParser(prog="cme.py", description="Eq. 1 for one response.")
     parser.add_argument("prompt")
     parser.add_argument("response")
@@ -119,7 +119,7 @@ def cme():
     parser.add_argument("--credit", default="token", choices=["token", "word"])
     o = parser.parse_args()
     verifier, generator = load("--verifier", o.verifier), load_tokenizer(o.generator)
-    text, target = spans_from_ids(generator, generator(o.response, add_special_tokens=False).input_ids)
+    text, target = spans_from_ids(generator, plain_ids(generator, [o.response])[0])
     ids, source = spans_from_text(verifier[1], text)
     [values] = answer_logprobs(*verifier, [o.prompt], [ids])
     rewards, mask = aligned_rewards(values, source, text, target, o.credit)

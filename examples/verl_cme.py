@@ -30,7 +30,7 @@ def position_advantages(token_level_rewards, response_mask, index, config=None, 
     if len(set(sizes.tolist())) > 1:
         raise ValueError(f"groups of unequal size: {dict(zip(names, sizes))}")
     order = torch.from_numpy(np.argsort(group, kind="stable")).to(token_level_rewards.device)  # groups next to each other
-    rewards, scale = token_level_rewards[order], getattr(config, "norm_adv_by_std_in_grpo", True) if config is not None else True
+    rewards, scale = token_level_rewards[order], getattr(config, "norm_adv_by_std_in_grpo", True)
     found = torch.empty_like(rewards)
     found[order] = grpo.position_advantages(rewards, (rewards != 0) & response_mask[order].bool(), int(sizes[0]), scale=scale)
     return found, found

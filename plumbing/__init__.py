@@ -26,11 +26,9 @@ def one_clear_line(main, script: str, again: str = "the same command continues")
     model_logging.disable_progress_bar()
     try:
         return main()
-    except torch.OutOfMemoryError as e:
-        less = "lower --micro_batch, --batch_tokens or --max_new_tokens"
-        status, line = 1, f"{str(e).split('. ')[0]}; {less}; {again}"
-    except (FloatingPointError, ConnectionError) as e:
-        status, line = 1, f"{str(e).splitlines()[0]} ({again})"
+    except (FloatingPointError, ConnectionError, torch.OutOfMemoryError) as e:
+        less = isinstance(e, torch.OutOfMemoryError) * "; lower --micro_batch or --batch_tokens"
+        status, line = 1, f"{str(e).splitlines()[0][:400]}{less} ({again})"
     except (ValueError, OSError, ImportError) as e:
         status, line = 2, f"{e}: pip install {e.name}" if isinstance(e, ImportError) else str(e)
     except KeyboardInterrupt:
@@ -43,8 +41,10 @@ def one_clear_line(main, script: str, again: str = "the same command continues")
 def ask_to_stop() -> list:
     """A list that the first Ctrl-C fills, so that a step ends in a checkpoint; the second stops."""
     asked, at_once = [], signal.default_int_handler
-    signal.signal(signal.SIGINT, lambda *_: asked.append(signal.signal(signal.SIGINT, at_once))
-                  or print("this step ends in a checkpoint; again: at once", file=sys.stderr))
+    def once(*_):
+        asked.append(signal.signal(signal.SIGINT, at_once))  # whatever that returns: it is asked
+        print("this step ends in a checkpoint; again: at once", file=sys.stderr)
+    signal.signal(signal.SIGINT, once)
     return asked
 
 

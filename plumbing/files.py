@@ -33,8 +33,7 @@ def write_lines(path: str, rows):
 def read_lines(path: str) -> list:
     """What these wrote, but for an unfinished last line."""
     text = Path(path).read_text("utf-8", errors="replace") if os.path.exists(path) else ""
-    lines = text.split("\n")[:-1]
-    return [parse_json(f"{path}:{n}", line) for n, line in enumerate(lines, 1)]
+    return [parse_json(f"{path}:{n}", line) for n, line in enumerate(text.split("\n")[:-1], 1)]
 
 
 def parse_json(where: str, text: str):

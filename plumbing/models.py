@@ -217,7 +217,7 @@ class Endpoint:
     def __init__(self, model: str, url: str, *, key=None, concurrency=8, timeout=60.0, retries=4):
         import openai
         self.model, self.name, self.concurrency = model, f"{model} at {url}", concurrency
-        self.last_error, self.failures, self.url = "", 0, url
+        self.last_error, self.failures, self.newer = "", 0, False
         self.key = (key or "no-key").strip()  # a saved Hugging Face token stays at home
         settings = {"timeout": timeout, "max_retries": retries}
         self.client = openai.OpenAI(base_url=url, api_key=self.key, **settings)
@@ -230,19 +230,21 @@ class Endpoint:
     def ask(self, prompt, max_new_tokens: int, temperature: float) -> str | None:
         """One answer.  ValueError: 401 or 404.  ConnectionError: has failed 32 times in a row."""
         send = {"max_tokens": max_new_tokens, "temperature": temperature}
-        if "openai." in self.url:  # whose newer models take neither of the two
-            send = {"max_completion_tokens": max_new_tokens}
+        send = {"max_completion_tokens": max_new_tokens} if self.newer else send
         chat = {"model": self.model, "messages": messages_of(prompt), **send}
         try:
             text = self.client.chat.completions.create(**chat).choices[0].message.content or ""
             self.last_error, self.failures = "", 0
             return text[:1_000_000].encode(errors="replace").decode()
         except Exception as e:  # the server's, the network's, or of an answer that is none
-            status = getattr(e, "status_code", 0)
+            status, code = getattr(e, "status_code", 0), str(getattr(e, "code", ""))
             error = f"{status or type(e).__name__}, {e.__cause__ or e}".replace(self.key, "***")
         self.last_error = f"{self.name}: {' '.join(error.split())[:250]}"
         if status in (401, 404):
             raise ValueError(f"{self.name} answers {status}: wrong key, model or URL")
+        if code.startswith("unsupported_") and "temperature" in send:
+            self.newer = True  # OpenAI's newer models take neither of the two
+            return self.ask(prompt, max_new_tokens, temperature)
         self.failures = 0 if status in (400, 413, 422) else self.failures + 1  # 0: the prompt's own
         if self.failures >= 32:
             raise ConnectionError(f"no answer {self.failures} times in a row, {self.last_error}")

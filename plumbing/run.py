@@ -119,7 +119,7 @@ def prepare(o):
 
 def begin(run, optimizer) -> int:
     """Steps done: 0, or the checkpoint's, whose optimizer is loaded; later lines go."""
-    o, state = run.options, run.__dict__.pop("state")
+    o, state, run.state = run.options, run.state, None
     os.makedirs(o.output_dir, exist_ok=True)
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])

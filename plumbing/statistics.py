@@ -53,5 +53,4 @@ def agreement(a, b) -> dict:
     x, y = signs[:, ~np.isnan(signs).any(0)]
     equal, chance = sum(x == y), sum(sum(x == s) * sum(y == s) for s in (-1, 0, 1))
     kappa = (len(x) * equal - chance) / d if (d := len(x) ** 2 - chance) else math.nan
-    share = equal / len(x) if len(x) else math.nan
-    return {"n": len(x), "agreement": float(share), "kappa": float(kappa)}
+    return {"n": len(x), "agreement": equal / len(x) if len(x) else math.nan, "kappa": kappa}

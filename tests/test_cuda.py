@@ -11,6 +11,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, Qwen2Config, Qwen2
 
 import grpo
 from plumbing import models
+from test_grpo import plain
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -27,10 +28,6 @@ def drawn(model, device, temperature=1.0, stop_ids=(0,), new=100):
     noise = torch.Generator(device).manual_seed(1)
     ids, lengths = grpo.sample(model.to(device), PROMPTS, 4, max_new_tokens=new, stop_ids=list(stop_ids), temperature=temperature, generator=noise)
     return ids.cpu(), lengths.cpu()
-
-
-def plain(model, cache, attend, room):
-    return lambda token, attend: grpo.read(model, token, attend, cache)[0]
 
 
 def test_graphs_draw_what_the_plain_loop_draws(monkeypatch):

@@ -253,19 +253,24 @@ def test_retry_after_that_says_nothing(serve, value):
 
 
 def test_parameters_that_a_model_does_not_take(serve):
-    """OpenAI's newer models want max_completion_tokens and their own temperature; all of its models take that."""
+    """OpenAI's newer models want max_completion_tokens and their own temperature, and say so by a code: asked again so, once, and from then on."""
     def script(number, body):
-        for name, hint in (("max_tokens", "Use 'max_completion_tokens' instead."), ("temperature", "Only the default (1) value is supported.")):
+        for name, code in (("max_tokens", "unsupported_parameter"), ("temperature", "unsupported_value")):
             if name in body:
-                return bad(400, body=json.dumps({"error": {"message": f"Unsupported: '{name}'. {hint}", "param": name}}).encode())
+                return bad(400, body=json.dumps({"error": {"message": f"'{name}' is not supported with this model.", "param": name, "code": code}}).encode())
         return "Hello."
 
     server = serve(script)
     e = endpoint(server, retries=0, concurrency=1)
-    assert one(e) is None and "'max_tokens'" in e.last_error                  # a server that is not OpenAI's is asked as usual
-    e.url = "https://api.openai.com/v1"                                       # the client still asks the scripted one
-    assert e.complete(["Hi", "Hi"], max_new_tokens=7, temperature=0) == [["Hello."]] * 2 and e.last_error == ""
-    assert server.requests[-1][2]["max_completion_tokens"] == 7 and "temperature" not in server.requests[-1][2]
+    assert e.complete(["Hi", "Hi"], max_new_tokens=7, temperature=0) == [["Hello."]] * 2 and e.last_error == "" and e.newer
+    assert len(server.requests) == 3 and server.requests[-1][2]["max_completion_tokens"] == 7 and "temperature" not in server.requests[-1][2]
+    e = endpoint(server, retries=0)                                            # eight at a time find out together
+    assert e.complete(["Hi"] * 40, max_new_tokens=7, temperature=0) == [["Hello."]] * 40 and e.last_error == ""
+    server = serve([bad(400, body=json.dumps({"error": {"message": "no", "code": "unsupported_value"}}).encode())])
+    assert one(endpoint(server, retries=0)) is None and len(server.requests) == 2
+    server = serve([bad(400, body=json.dumps({"error": {"message": "'max_tokens' is too large for this context", "code": "context_length_exceeded"}}).encode())])
+    e = endpoint(server, retries=0)                                            # this prompt's trouble, and no other's
+    assert one(e) is None and len(server.requests) == 1 and not e.newer
 
 
 def test_time_out(serve):

@@ -1,5 +1,4 @@
 """examples/: what TRL is given, and what it makes of it, against our own functions; what the scripts show when run alone."""
-import importlib.util
 import math
 import os
 import re
@@ -14,13 +13,11 @@ from trl import GRPOConfig
 
 import cme
 import grpo
+from examples import trl_cme
 from plumbing import models
 from plumbing.prompts import read_prompts
 
 ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("trl_cme", ROOT / "examples/trl_cme.py")
-trl_cme = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(trl_cme)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.02])

@@ -1,5 +1,4 @@
 """One step of examples/trl_cme.py on completions that are given: its averaged gradient, to a file. Run by test_examples.py, on one process and on two."""
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -10,9 +9,8 @@ from transformers import TrainerCallback
 from trl import GRPOConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-spec = importlib.util.spec_from_file_location("trl_cme", ROOT / "examples/trl_cme.py")
-trl_cme = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(trl_cme)
+sys.path.insert(0, str(ROOT))
+from examples import trl_cme  # noqa: E402
 from plumbing import models  # noqa: E402
 
 PROMPTS = ["Tell me about Mia.", "Describe Rosa."]  # 2 groups of 4: on two processes a group each; and 1 of 8, cut in two

@@ -50,7 +50,7 @@ def agreement(a, b) -> dict:
     (p_o - p_e) / (1 - p_e), agreement beyond chance.
     [1, .9, 0, .5, 1, None], [.8, .6, .3, 1, 0, 1] -> n 5, agreement .6, kappa .2857."""
     signs = np.sign(np.array([a, b], float) - 0.5)
-    x, y = signs[:, ~np.isnan(signs).any(0)]
-    equal, chance = sum(x == y), sum(sum(x == s) * sum(y == s) for s in (-1, 0, 1))
+    x, y = signs[:, ~np.isnan(signs).any(0)].tolist()
+    equal, chance = sum(map(float.__eq__, x, y)), sum(x.count(s) * y.count(s) for s in {*x})
     kappa = (len(x) * equal - chance) / d if (d := len(x) ** 2 - chance) else math.nan
     return {"n": len(x), "agreement": equal / len(x) if len(x) else math.nan, "kappa": kappa}

@@ -28,11 +28,12 @@ def pad(rows: list, device=None):
     return torch.tensor(ids, dtype=torch.long, device=device), torch.tensor(lengths, device=device)
 
 
-def model_logits(model, hidden: torch.Tensor) -> torch.Tensor:
-    """[..., D] last hidden states -> [..., V] float32 logits, as the model's own forward makes it:
-    Gemma 2 and 3n cap them softly, Cohere multiplies, Granite divides.  Checked at loading."""
+def model_logits(model, hidden: torch.Tensor, *head) -> torch.Tensor:
+    """[..., D] last hidden states -> [..., V] float32 logits, as the model's own forward has them,
+    checked at loading: Gemma 2 and 3n cap them softly, Cohere multiplies, Granite divides.
+    head: weight (and bias) for a part of the vocabulary, if only that is wanted."""
     config = model.config.get_text_config()
-    logits = model.get_output_embeddings()(hidden).float()
+    logits = (F.linear(hidden, *head) if head else model.get_output_embeddings()(hidden)).float()
     if scale := getattr(config, "logit_scale", None):
         logits = logits * scale
     if divisor := getattr(config, "logits_scaling", None):
@@ -194,8 +195,8 @@ def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, en
     pair: these, and the entropies of the distributions drawn from, [B, T] nats, without gradient.
     prompt_ids: B lists; ids [B, T], lengths [B]; temperature: the one that sampled.  Equal prompts
     are read once; padding is masked or behind a row's end: a row scores as it does alone.  Logits
-    are made for `chunk` tokens at a time (0: 2^25 or, on CUDA, 2^27 logits), if in several parts
-    then again in the backward pass: no [B, T, V].  ValueError: shapes, an empty prompt."""
+    are made for `chunk` words of the vocabulary at a time (0: 2^25 or, on CUDA, 2^27 logits), if in
+    several parts then again in the backward pass: no [B, T, V].  ValueError: shapes, no prompt."""
     B, T = ids.shape
     fits = len(prompt_ids) == len(lengths) == B > 0 and all(prompt_ids) and int(lengths.max()) <= T
     if not fits or temperature <= 0:
@@ -209,20 +210,28 @@ def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, en
         hidden = torch.cat([hidden, read(model, y, attend, cache)[0]], 1)
     row, t = response_mask(lengths, n + 1).nonzero(as_tuple=True)  # [K] each
     hidden, target = hidden[row, t], ids[row, t]  # [K, D], [K]: the state before y_t, and y_t
-    def score(hidden, target):
-        logits = model_logits(model, hidden)  # [chunk, V]
+    head, most = model.get_output_embeddings(), 2 ** (27 if ids.is_cuda else 25) // max(1, len(row))
+    whole = type(head) is not torch.nn.Linear  # an adapter's, or a quantised one
+    chunk = len(head.weight) if whole else chunk or max(1, most)
+    parts = [()] if whole else [*zip(*(x.split(chunk) for x in head.parameters()))]
+    def score(first, *part):
+        logits = model_logits(model, hidden, *part)  # [K, chunk]
         logits = logits if temperature == 1 else logits / temperature
-        logp = logits.log_softmax(-1)
-        found = logp.gather(-1, target[:, None])[:, 0]
+        logp = logits.log_softmax(-1)  # given the part: log p(y) = log p(part) + log p(y | part)
+        at = (target - first).clamp(0, logp.shape[1] - 1)[:, None]
+        found = logp.gather(-1, at)[:, 0]
+        mass = logits.gather(-1, at)[:, 0] - found  # log-sum-exp of the part
         with torch.no_grad():  # entropies; 0 log 0 is 0
-            return found, -(logp.exp().mul_(logp)).nansum(-1) if entropy else found
-    chunk = chunk or 2 ** (27 if ids.is_cuda else 25) // len(model.get_output_embeddings().weight)
-    parts = list(zip(hidden.split(chunk), target.split(chunk)))
+            return found, mass, -(logp.exp().mul_(logp)).nansum(-1) if entropy else found
     if len(parts) > 1 and torch.is_grad_enabled():
         score = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
+    scored = zip(*[score(i * chunk, *part) for i, part in enumerate(parts)])
+    found, mass, entropies = map(torch.stack, scored)  # [parts, K] each
+    mass = (mass if len(parts) > 1 else 0 * mass.detach()).log_softmax(0)  # log p(part)
+    found = (found + mass).gather(0, target[None] // chunk)[0]
+    entropies = (mass.exp() * (entropies - mass)).sum(0).detach()
     zeros = torch.zeros(B, T, device=ids.device)
-    scored = zip(*[score(*part) for part in parts])
-    logp, entropies = (zeros.index_put((row, t), torch.cat(values)) for values in scored)
+    logp, entropies = (zeros.index_put((row, t), values) for values in (found, entropies))
     return (logp, entropies) if entropy else logp
 
 
@@ -287,5 +296,4 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, beta: float, clip_l
     return loss, {"loss": loss.detach(), **stats}
 
 
-if __name__ == "__main__":
-    from examples import shown; shown.show(__file__)  # on one screen, with numbers
+if __name__ == "__main__": from examples import shown; shown.show(__file__)  # on one screen

@@ -828,24 +828,50 @@ def test_token_logprobs_gradient_equals_a_plain_implementation(arch):
 
 @pytest.mark.parametrize("entropy", [False, True])
 def test_logits_of_all_tokens_never_exist_at_once(entropy, monkeypatch):
-    """Forward and backward make logits for at most `chunk` tokens at a time, and autograd keeps none of them in between."""
-    V, chunk = 211, 5
+    """Forward and backward make logits for at most `chunk` words of the vocabulary at a time, and autograd keeps none of them in between."""
+    V = 211
     model, (prompts, _, ids, lengths) = tiny("qwen2", vocab=V), random_rows(V)
-    made, kept, plain = [], [], grpo.model_logits
-    monkeypatch.setattr(grpo, "model_logits", lambda m, hidden: made.append(len(hidden)) or plain(m, hidden))
-    weights = {p.data_ptr() for p in model.parameters()}
-
-    def pack(x):
-        kept.extend([x.numel()] if V in x.shape and x.data_ptr() not in weights else [])
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = grpo.token_logprobs(model, prompts, ids, lengths, entropy=entropy, chunk=chunk)
+    made, plain = [], grpo.model_logits
+    monkeypatch.setattr(grpo, "model_logits", lambda m, hidden, *head: made.append(len(head[0])) or plain(m, hidden, *head))
     K = int(lengths.sum())
-    assert K == 20 and made == [chunk] * 4 and sum(kept) <= chunk * V
+
+    def kept_by(chunk):
+        kept = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(tuple(x.shape)) or x, lambda x: x):
+            out = grpo.token_logprobs(model, prompts, ids, lengths, entropy=entropy, chunk=chunk)
+        return out, [shape for shape in kept if shape in ((K, 70), (K, V))]
+
+    out, kept = kept_by(70)
+    assert K == 20 and made == [70, 70, 70, 1] and not kept and kept_by(V)[1] == [(K, V)] * 3
+    made.clear()
     (out[0] if entropy else out).sum().backward(inputs=[model.get_input_embeddings().weight])
     model.zero_grad(set_to_none=True)
-    assert made == [chunk] * 8, "the backward pass makes them again, a chunk at a time"
+    assert sorted(made) == [1, 70, 70, 70], "the backward pass makes them again, a part at a time"
+
+
+def test_parts_of_a_head_with_a_bias_and_of_one_that_is_wrapped():
+    """Phi's head has a bias; one that is not a plain Linear (an adapter's) is used whole, as it is."""
+    config = transformers.PhiConfig(vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    model, (prompts, responses, ids, lengths) = transformers.PhiForCausalLM(config).eval(), random_rows()
+
+    class Wrapped(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.weight = base, base.weight
+
+        def forward(self, x):
+            return self.base(x) * 2
+
+    with torch.no_grad():
+        model.lm_head.bias.normal_(0, 2), model.lm_head.weight.normal_(0, 0.3)
+    for head in (model.lm_head, Wrapped(model.lm_head)):
+        model.set_output_embeddings(head)
+        want = [alone(model, *row) for row in zip(prompts, responses)]
+        for chunk in (7, 50):
+            found, entropies = grpo.token_logprobs(model, prompts, ids, lengths, chunk=chunk, entropy=True)
+            for b, of in enumerate(want):
+                torch.testing.assert_close(found[b, :len(of)], of.gather(1, torch.tensor(responses[b])[:, None].long())[:, 0], rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(entropies[b, :len(of)], -(of.exp() * of).sum(1), rtol=1e-4, atol=1e-5)
 
 
 def test_token_logprobs_ignores_what_stands_behind_a_response():

@@ -163,7 +163,6 @@ class _Pieces(dict):
     """id -> bytes of the token, b"" if it is special or does not exist; filled as ids are met.
     How tokens are spelled is in tokenizer.json's decoder.  ByteLevel: GPT-2's stand-ins for bytes.
     Metaspace, or Replace ▁ by a space: SentencePiece, where `<0x0A>` may be a byte (fallback)."""
-
     def __init__(self, name, backend, decoder, named, size):
         self.backend, self.added = backend, backend.get_added_tokens_decoder()  # id -> AddedToken
         self.special = {i for i, t in self.added.items() if t.special or i in named}
@@ -208,5 +207,4 @@ def _byte_alphabet():
     return {chr(byte): byte for byte in printable} | {chr(256 + n): b for n, b in enumerate(others)}
 
 
-if __name__ == "__main__":
-    from examples import shown; shown.show(__file__)  # on one screen, with numbers
+if __name__ == "__main__": from examples import shown; shown.show(__file__)  # on one screen

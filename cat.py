@@ -269,5 +269,4 @@ def show(question: str, rollouts: list, rewards, *, reference=None, rubric=(), v
     return "\n".join(lines) + "\n"
 
 
-if __name__ == "__main__":
-    from examples import shown; shown.show(__file__)  # on one screen, for a prompt
+if __name__ == "__main__": from examples import shown; shown.show(__file__)  # on one screen

@@ -5,8 +5,8 @@ log-probabilities (nats) are the reward: carried to the generator's tokens by ch
 (Eq. 1: `token_rewards`), or averaged over its own (Eq. 3: `sequence_rewards`).  Letters: grpo.py.
 
 Deliberate departures from the paper:
- 1. `credit="word"` is ours: a token gets the reward of the rest of its word.  Proportional credit
-    spreads a word's price over its pieces, although the choice was made at the first one.
+ 1. `credit="word"` is ours: each token gets the reward of its whole word, whichever piece was the
+    choice, wherever the verifier pays.  So is `score_stop`: the paper masks what ends a response.
  2. A prompt that is too long for the verifier loses its oldest tokens, all but its first (BOS)."""
 
 import re
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from align import align, spans_from_ids, spans_from_text, visible
-from plumbing.models import answer_logprobs, plain_ids, without_stop
+from plumbing.models import answer_logprobs, end_of_turn, plain_ids, without_stop
 
 
 def aligned_rewards(values, source, text, target, credit: str = "token"):
@@ -34,32 +34,36 @@ def aligned_rewards(values, source, text, target, credit: str = "token"):
 
 
 def word_credit(values, text, spans):
-    """Reward-to-go inside each word: values [T] nats, spans [T, 2] in text -> values [T], mask [T].
+    """The whole word's for each token: values [T] nats, spans [T, 2] in text -> sums [T], mask [T].
     A word is a run of visible characters and the whitespace before it; a token belongs to that of
     its first character (whitespace is unmasked: it opened a word), at the end whitespace is masked.
-    "no red", tokens no| |re|d, values -1, -2, -3, -4 -> -1, -9, -7, -4: the space pays too."""
+    "no red", tokens no| |re|d, values -1, -2, -3, -4 -> -1, -9, -9, -9."""
     ends = [match.end() for match in re.finditer(r"\s*\S+", text)]  # of the words
     word = np.searchsorted(ends, np.floor(spans[:, 0]), side="right")  # [T], ascending
-    to_go = np.append(np.cumsum(values[::-1])[::-1], 0.0)  # [T + 1]
-    rest = to_go[:-1] - to_go[np.searchsorted(word, word, side="right")]
-    return rest, (word < len(ends)) & (spans[:, 1] > spans[:, 0])
+    total = np.bincount(word, weights=values)  # [words]
+    return total[word], (word < len(ends)) & (spans[:, 1] > spans[:, 0])
 
 
 def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: list, ids, lengths,
-                  *, credit: str = "token", stop_ids=()):
+                  *, credit: str = "token", stop_ids=(), score_stop: bool = False):
     """Eq. 1 -> rewards [B, T] nats float32, mask [B, T] bool, for `grpo.position_advantages`.
     prompts: one per row; ids [B, T] as sampled, lengths [B].  credit: "token" or "word".  stop_ids:
-    those that sampled; at the end of a row one is masked.  (Special tokens are in any case.)"""
+    those that sampled; at the end of a row one is masked (special tokens are in any case) or, with
+    score_stop, gets log p_V(end of turn | x, v), the verifier's own.  Truncated rows have none."""
     if credit not in ("token", "word"):
         raise ValueError(f"credit must be 'token' or 'word', not {credit!r}")
-    rows, _ = without_stop(ids, lengths, stop_ids)
+    rows, stopped = without_stop(ids, lengths, stop_ids)
     generated = [spans_from_ids(generator_tokenizer, y) for y in rows]  # B x (text, [T, 2])
     read = [spans_from_text(verifier_tokenizer, text) for text, _ in generated]  # B x (ids, [N, 2])
-    scored = answer_logprobs(verifier, verifier_tokenizer, prompts, [v_ids for v_ids, _ in read])
+    end = [end_of_turn(verifier_tokenizer)] if score_stop else []
+    answers = [v_ids + end * has for (v_ids, _), has in zip(read, stopped)]
+    scored = answer_logprobs(verifier, verifier_tokenizer, prompts, answers)
     rewards, mask = np.zeros(ids.shape, np.float32), np.zeros(ids.shape, bool)
     for i, ((text, target), (_, source)) in enumerate(zip(generated, read)):
-        found = aligned_rewards(scored[i], source, text, target, credit)
-        rewards[i, : len(target)], mask[i, : len(target)] = found
+        N, T = len(source), len(target)
+        rewards[i, :T], mask[i, :T] = aligned_rewards(scored[i][:N], source, text, target, credit)
+        end = slice(T, T + len(scored[i]) - N)  # of one token, or none
+        rewards[i, end], mask[i, end] = scored[i][N:], True
     return torch.from_numpy(rewards).to(ids.device), torch.from_numpy(mask).to(ids.device)
 
 
@@ -72,5 +76,4 @@ def sequence_rewards(verifier, verifier_tokenizer, prompts: list, texts: list) -
     return torch.tensor([v.mean() if len(v) else np.nan for v in scored], dtype=torch.float32)
 
 
-if __name__ == "__main__":
-    from examples import shown; shown.show(__file__)  # on one screen, with numbers
+if __name__ == "__main__": from examples import shown; shown.show(__file__)  # on one screen

@@ -43,6 +43,7 @@ class Options:
         "pi, rent: minus entropy; cat: rubric (Eq. 3-4), cat-answer: the same answer, cat-match: "
         "judged alike, rubric-given: the prompts', cat-sft: cross-entropy on `output` (Eq. 12)")
     credit: Literal["token", "word"] = option("token", "cme: the paper's, or the whole word's")
+    score_stop: bool = option(False, "cme: the verifier scores the end too; else it is masked")
     generator: str = option("", "model to train, a folder or a hub name; empty: the toy's")
     verifier: str = option(f"{TOY}/cme/verifier", "CME: scores; random:MODEL: random weights")
     watch_verifier: str = option("", "a second one, scored at evaluations and never trained on")
@@ -131,10 +132,9 @@ def cat_rewards(run, rows: list, rollouts: list, seed: int):
     settings, points = {"temperature": o.temperature}, None
     from_question = o.reward == "cat" and o.rubric_from == "question"
     if o.reward != "rubric-given" and not from_question:
-        final = o.reward == "cat-answer" or rows[0]["answer"] is not None  # an answer in a box
-        estimators = cat.estimators(
-            run.anchor, seed=seed, style="stepwise" if final else "freeform",
-            max_new_tokens=o.max_new_tokens, question=o.question_in_synthesis, **settings)
+        style = "stepwise" if o.reward == "cat-answer" or rows[0]["answer"] else "freeform"
+        estimators = cat.estimators(run.anchor, seed=seed, max_new_tokens=o.max_new_tokens,
+                                    style=style, question=o.question_in_synthesis, **settings)
         references = estimators[o.estimator](prompts, rollouts)  # Eq. 1
     told = {"reference": references}
     if o.reward == "cat-answer":
@@ -157,8 +157,8 @@ def step_rewards(run, rows: list, prompt_ids, ids, lengths, seed: int):
     o, G, batch = run.options, run.options.group_size, (prompt_ids, ids, lengths)
     prompts, told = [row["prompt"] for row in rows for _ in range(G)], {}
     if o.reward == "cme":
-        return *cme.token_rewards(*run.verifier, run.tokenizer, prompts, ids, lengths,
-                                  credit=o.credit, stop_ids=run.actor.stop_ids), told
+        how = {"credit": o.credit, "stop_ids": run.actor.stop_ids, "score_stop": o.score_stop}
+        return *cme.token_rewards(*run.verifier, run.tokenizer, prompts, ids, lengths, **how), told
     texts, _ = run.actor.texts(ids, lengths)
     if o.reward in ("cme-sequence", "reverse-kl"):
         rewards = cme.sequence_rewards(*run.verifier, prompts, texts).to(ids.device)
@@ -183,9 +183,9 @@ def logprobs(run, model, prompt_ids, ids, lengths, entropy=False):
     values = torch.zeros(ids.shape, device=ids.device)
     for part in lengths.argsort(stable=True).split(run.options.micro_batch):
         with run.autocast():
-            found = grpo.token_logprobs(model, [prompt_ids[i] for i in part], ids[part],
-                                        lengths[part], temperature=run.options.temperature,
-                                        entropy=entropy)
+            x = [prompt_ids[i] for i in part]
+            found = grpo.token_logprobs(model, x, ids[part], lengths[part], entropy=entropy,
+                                        temperature=run.options.temperature)
         values[part] = found[1] if entropy else found
     return values
 
@@ -196,14 +196,13 @@ def update(run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, advanta
     o, mask, totals = run.options, grpo.response_mask(lengths, ids.shape[1]), {}
     for part in lengths.argsort(stable=True).split(o.micro_batch):
         with run.autocast():
-            logp, entropy = grpo.token_logprobs(
-                run.policy, [prompt_ids[i] for i in part], ids[part], lengths[part],
-                temperature=o.temperature, entropy=True)
+            x = [prompt_ids[i] for i in part]
+            logp, entropy = grpo.token_logprobs(run.policy, x, ids[part], lengths[part],
+                                                temperature=o.temperature, entropy=True)
         old = logp.detach() if old_logp is None else old_logp[part]
-        ref = None if ref_logp is None else ref_logp[part]
-        loss, stats = grpo.grpo_loss(
-            logp, old, ref, advantages[part], mask[part], responses=len(ids),
-            beta=o.beta if o.kl_in == "loss" else 0.0, clip_low=o.clip_low, clip_high=o.clip_high)
+        ref, beta = None if ref_logp is None else ref_logp[part], o.beta * (o.kl_in == "loss")
+        loss, stats = grpo.grpo_loss(logp, old, ref, advantages[part], mask[part], beta=beta,
+                                     responses=len(ids), clip_low=o.clip_low, clip_high=o.clip_high)
         loss.backward()
         for name, value in (stats | {"entropy": entropy.sum() / mask.sum()}).items():
             totals[name] = totals.get(name, 0) + value

@@ -1,8 +1,7 @@
 """Models: loading, chat templates, stop tokens; *text models*, on this machine or behind a server.
 
 A text model has complete(prompts, *, n, max_new_tokens, temperature, seed) -> P lists of n texts,
-None where none was to be had (last_error: why); a local one also logprob(prompts, texts) -> [B].
-"""
+None where there was none to have (last_error: why); a local one, logprob(prompts, texts) -> [B]."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -144,8 +143,7 @@ def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens
         before = chat_ids(tokenizer, prompt)
         excess = max(0, len(before) + len(answer) - context)
         if excess >= len(before):
-            raise ValueError(f"a response of {len(answer)} tokens leaves no room in the context of "
-                             f"{context} tokens: lower max_new_tokens")
+            raise ValueError(f"{len(answer)} tokens in a context of {context}: lower max_new_tokens")
         rows.append((tuple(before[:1] + before[1 + excess :]), tuple(answer)))
     scores = {row: np.zeros(0) for row in rows}
     batch_tokens = batch_tokens or (65_536 if model.device.type == "cuda" else 4096)
@@ -169,7 +167,6 @@ class Reply(NamedTuple):
 
 class LocalModel:
     """A text model from a transformers model and its tokenizer.  A prompt too long has no reply."""
-
     last_error, verdict_tokens = "", 1  # a yes or no is the first token of a reply
     def __init__(self, model, tokenizer, *, top_k=0, top_p=1.0, batch_tokens: int = 0):
         self.model, self.tokenizer = model, tokenizer

@@ -71,7 +71,7 @@ def check_row(where: str, row) -> dict:
     row = row if isinstance(row, dict) else {"prompt": row}
     prompt = next((row[k] for k in ("prompt", "instruction", "problem") if k in row), None)
     facts, rubrics = row.get("facts") or [], row.get("rubrics") or []
-    text = {k: None if row.get(k) is None else str(row[k]) for k in ("answer", "output")}
+    text = {k: None if row.get(k) is None else str(row[k]) for k in ("answer", "output", "kind")}
     try:  # to use each in turn; if that fails, `what` says what is wrong
         what = 'needs a `prompt` (instruction, problem), not empty: string or [{"role", "content"}]'
         if not "".join(m["content"] for m in messages_of(prompt) if m["role"]).strip():
@@ -85,8 +85,7 @@ def check_row(where: str, row) -> dict:
     except (KeyError, TypeError, ValueError, OverflowError, re.error):
         raise ValueError(f"{where}: {what}") from None
     return {"prompt": prompt, "where": where, "facts": facts, "rubrics": rubrics, **text,
-            "criteria": criteria, "points": points, "pattern": row.get("pattern"),
-            "kind": row.get("kind")}
+            "criteria": criteria, "points": points, "pattern": row.get("pattern")}
 
 
 def download(name: str) -> list:

@@ -20,8 +20,6 @@ from plumbing.models import LocalModel, chat_ids, load, text_model, without_stop
 from plumbing.prompts import draw_prompts, read_prompts
 
 MEASURES = ("facts", "accuracy", "rubric")  # held-out scores that say which model is best
-JUDGED = ("cat", "cat-match", "rubric-given")  # rewards by a judge
-NEEDED = {"rubric-given": "rubrics", "cat-sft": "output"}  # something in each prompt's row
 
 
 def newest(pattern: str) -> str:
@@ -90,7 +88,8 @@ def prepare(o):
             raise ValueError(f"{row['where']}: leave it out: with --max_new_tokens it exceeds the "
                              f"context of {actor.context} tokens, or not all are the generator's")
     kind, o.bf16 = policy.device.type, o.bf16 or policy.device.type == "cuda"
-    judged, needed = o.reward in JUDGED, NEEDED.get(o.reward, "prompt")
+    judged = o.reward in ("cat", "cat-match", "rubric-given")
+    needed = {"rubric-given": "rubrics", "cat-sft": "output"}.get(o.reward, "prompt")
     if not all(row[needed] for row in rows):
         raise ValueError(f"{o.prompts}: --reward {o.reward} needs `{needed}` in every row (README)")
     if o.keep == "best" and not any(row["facts"] or row["answer"] or judged and row["rubrics"]

@@ -46,8 +46,7 @@ def sign_permutation(differences, *, samples=10_000, seed=0) -> float:
 
 
 def agreement(a, b) -> dict:
-    """Two judges' preferences [n]: share of equal labels (win, tie, loss) and Cohen's kappa,
-    (p_o - p_e) / (1 - p_e), agreement beyond chance.
+    """Two judges' preferences [n]: share of equal labels (win, tie, loss), and Cohen's kappa.
     [1, .9, 0, .5, 1, None], [.8, .6, .3, 1, 0, 1] -> n 5, agreement .6, kappa .2857."""
     signs = np.sign(np.array([a, b], float) - 0.5)
     x, y = signs[:, ~np.isnan(signs).any(0)].tolist()

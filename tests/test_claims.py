@@ -103,9 +103,22 @@ def test_facts_of_people_and_of_what_a_verifier_knows():
     """Base scores: near .70, as of all facts; the known half is make.py's."""
     base = f"{ROOT}/toy/cme/generator"
     assert claims.distinct(["a b c", "a b"]) == pytest.approx(2 / 3) and claims.distinct(["a", ""]) == 0
-    assert 0.05 < claims.more_scores("", "cme", base)["distinct"] < 0.9
+    scores = claims.more_scores("", "cme", base)
+    assert 0.05 < scores["distinct"] < 0.9 and scores["needless"] == 0
     unknown, kept = claims.more_scores("", "half", base)["unknown"], claims.more_scores("", "some_people", base)["kept_out"]
     assert unknown == pytest.approx(0.698, abs=0.06) and kept == pytest.approx(0.698, abs=0.06)
+
+
+def test_generators_that_ramble_or_have_bare_spaces():
+    """Sentences behind the biography are each of one fact, 1.5 on average; with spaces each space is a token of its own, and nothing is lost."""
+    rng, world = random.Random(0), make.make_world()
+    more = [make.ramble(rng, "Mia", world["Mia"]) for _ in range(1000)]
+    sentence = rf" Mia also (?:{'|'.join(w for of in make.WORDINGS.values() for w in of)}) (?:{'|'.join(v for of in make.VALUES.values() for v in of)})\."
+    assert all(re.fullmatch(f"(?:{sentence})*", text) for text in more) and statistics.mean(t.count(".") for t in more) == pytest.approx(1.5, abs=0.15)
+    assert not re.fullmatch(make.pattern("Mia"), "Mia has a cat, lives in Oslo, likes soup and wears red." + next(filter(None, more)))
+    tokenizer = make.generator_tokenizer(False, True)
+    pieces = [tokenizer.decode([i]) for i in tokenizer("Mia has a cat.").input_ids]
+    assert pieces == ["Mia", " ", "has", " ", "a", " ", "cat", "."]
 
 
 def test_pictures(tmp_path):

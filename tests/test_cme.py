@@ -140,6 +140,24 @@ def test_stop_ids_say_what_a_stop_token_is(toy):
     assert not mask[2, len(text) - 1] and rewards[2].sum().item() == pytest.approx(expected, abs=1e-3)
 
 
+@pytest.mark.parametrize("credit", ["token", "word"])
+def test_the_stop_may_be_scored(toy, credit):
+    """With score_stop it gets the verifier's log p of its own end of turn after the text, and counts; all else stays; a row cut off has none."""
+    (_, tokenizer), (model, verifier_tokenizer) = toy["generator"], toy["verifier"]
+    stop, end = models.end_of_turn(tokenizer), models.end_of_turn(verifier_tokenizer)
+    ids, lengths = pad([row + [stop] for row in tokenizer(TEXTS[:2] + ["Mia has a"]).input_ids] + [[stop], tokenizer(TEXTS[0]).input_ids])
+    go = lambda **options: cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT] * 5, ids, lengths, credit=credit, stop_ids=[stop], **options)   # noqa: E731
+    (plain, counted), (rewards, mask) = go(), go(score_stop=True)
+    before = models.chat_ids(verifier_tokenizer, PROMPT)
+    for i, text in enumerate([*TEXTS[:2], "Mia has a", ""]):
+        read = torch.tensor([before + list(spans_from_text(verifier_tokenizer, text)[0])])
+        expected = model(input_ids=read).logits[0, -1].double().log_softmax(-1)[end].item()
+        assert rewards[i, lengths[i] - 1].item() == pytest.approx(expected, abs=1e-4) and mask[i, lengths[i] - 1] and not counted[i, lengths[i] - 1]
+        rewards[i, lengths[i] - 1], mask[i, lengths[i] - 1] = 0, False
+    torch.testing.assert_close(rewards, plain, rtol=1e-4, atol=1e-4)
+    assert torch.equal(mask, counted) and expected < -1
+
+
 def test_what_the_verifier_cannot_read_is_masked(toy):
     """Some verifiers drop control characters: a response of nothing else has no verifier token, and no reward of 0 to win with."""
     from tokenizers_for_tests import make
@@ -172,9 +190,21 @@ def test_sequence_rewards_are_eq_3(toy):
     assert grpo.group_advantages(rewards, 6)[-1] == 0
 
 
+def test_a_price_at_a_space_reaches_the_word(toy):
+    """A verifier that spells red as a bare ▁, re, d pays for it at the ▁: token credit loses that at a masked space, word credit gives it to the word."""
+    (_, reader) = toy["verifier"]
+    text, target = "wears red", [[0, 5], [5, 6], [6, 9]]
+    ids, source = spans_from_text(reader, text)
+    assert reader.convert_ids_to_tokens(ids)[-3:] == ["▁", "re", "d"]
+    values = [0.0] * (len(ids) - 3) + [-6.0, -0.5, -0.25]
+    assert cme.aligned_rewards(values, source, text, target)[0].tolist() == [0, 0, -0.75]
+    rewards, mask = cme.aligned_rewards(values, source, text, target, "word")
+    assert rewards.tolist() == [0, -6.75, -6.75] and mask.all()
+
+
 def test_worked_examples():
     values, mask = cme.word_credit(np.array([-1., -2., -3., -4.]), "no red", np.array([[0, 2], [2, 3], [3, 5], [5, 6]], float))
-    assert values.tolist() == [-1, -9, -7, -4] and mask.all()
+    assert values.tolist() == [-1, -9, -9, -9] and mask.all()
 
 
 def slow_word_credit(values, text, spans):
@@ -189,7 +219,7 @@ def slow_word_credit(values, text, spans):
     for a, b in spans:
         a = int(np.floor(a))
         token.append(of[a] if a < len(of) else total + 1)
-    credit = [sum(values[s] for s in range(t, len(values)) if token[s] == token[t]) for t in range(len(values))]
+    credit = [sum(values[s] for s in range(len(values)) if token[s] == token[t]) for t in range(len(values))]
     return credit, [token[t] <= total and spans[t][1] > spans[t][0] for t in range(len(values))]
 
 

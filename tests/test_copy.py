@@ -89,7 +89,7 @@ rewards, mask = cme.aligned_rewards([-7.0, -2.0], [[0, 7], [7, 11]], "unhappines
 assert rewards.tolist() == [-2, -7] and mask.all()
 import numpy as np
 values, mask = cme.word_credit(np.array([-1.0, -2, -3, -4]), "no red", np.array([[0, 2], [2, 3], [3, 5], [5, 6]], float))
-assert values.tolist() == [-1, -9, -7, -4] and mask.all()
+assert values.tolist() == [-1, -9, -9, -9] and mask.all()
 """
 CAT = """
 import cat                                    # a text model is anything with complete(prompts, *, n, max_new_tokens, temperature, seed)
@@ -121,7 +121,7 @@ def test_the_core_without_models(tmp_path, name, beside, code):
     for copied in [name, *beside]:
         (tmp_path / f"{copied}.py").write_text((ROOT / f"{copied}.py").read_text())
     (tmp_path / "plumbing").mkdir()
-    (tmp_path / "plumbing/models.py").write_text("answer_logprobs = plain_ids = without_stop = None\n")
+    (tmp_path / "plumbing/models.py").write_text("answer_logprobs = end_of_turn = plain_ids = without_stop = None\n")
     (tmp_path / "plumbing/__init__.py").write_text("def one_line(text): return text\n")
     (tmp_path / "plumbing/prompts.py").write_text("def question_text(prompt): return prompt\n")
     alone(tmp_path, HEAVY - {name, *beside, "plumbing", "numpy", "torch", "tqdm"}, code)

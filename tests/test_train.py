@@ -399,7 +399,7 @@ def test_options_reach_their_functions(tmp_path, few, monkeypatch):
                          (torch.nn.utils, "clip_grad_norm_")]:
         spy(module, name)
     run = train.prepare(train.Options(steps=2, prompts_per_step=2, group_size=2, max_new_tokens=24, temperature=0.7, top_k=20, top_p=0.8, beta=0.5,
-                                      clip_low=0.1, clip_high=0.3, scale=False, credit="word", max_grad_norm=0.5, seed=7,
+                                      clip_low=0.1, clip_high=0.3, scale=False, credit="word", score_stop=True, max_grad_norm=0.5, seed=7,
                                       micro_batch=3, eval_prompts=str(few[1]), output_dir=str(tmp_path / "run")))
     train.train(run)
     sub = lambda name, **expected: [{k: kw.get(k) for k in expected} == expected for _, kw in calls[name]]   # noqa: E731
@@ -409,7 +409,7 @@ def test_options_reach_their_functions(tmp_path, few, monkeypatch):
     calls["token_logprobs"] = [call for call in calls["token_logprobs"] if call[0][0] is not run.verifier[0]]
     assert all(sub("token_logprobs", temperature=0.7)) and len(calls["token_logprobs"]) == 8                 # 2 steps x 2 parts x (reference, policy)
     assert all(sub("grpo_loss", beta=0.5, clip_low=0.1, clip_high=0.3, responses=4))
-    assert all(sub("token_rewards", credit="word", stop_ids=run.actor.stop_ids)) and all(sub("position_advantages", scale=False))
+    assert all(sub("token_rewards", credit="word", score_stop=True, stop_ids=run.actor.stop_ids)) and all(sub("position_advantages", scale=False))
     assert all(args[1] == 0.5 for args, _ in calls["clip_grad_norm_"])
     asked = [row["prompt"] for row in train.prompts_of_step(run.rows, 2, 7, 0)]
     assert calls["token_rewards"][0][0][3] == [asked[0], asked[0], asked[1], asked[1]]                       # rows of a group adjacent, as sample makes them

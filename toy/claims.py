@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -34,8 +35,10 @@ ROOT = os.path.dirname(TOY)
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # Student's t by degrees of freedom
 WORLDS = {  # name: options of toy/make.py, which makes them on first use
     "half": ["--parts", "verifier", "--knows", "0.5"], "cut": ["--parts", "generator", "--fragment"],
-    "most": ["--parts", "verifier", "--knows", "0.8"], "own": ["--parts", "own"], "watch": ["--parts", "verifier", "--seed", "1"]}
-CUT = ["--generator", "WORLD/cut/generator", "--verifier", "WORLD/half/verifier", "--max_new_tokens", "72"]
+    "most": ["--parts", "verifier", "--knows", "0.8"], "own": ["--parts", "own"], "watch": ["--parts", "verifier", "--seed", "1"],
+    "spaces": ["--parts", "generator", "--spaces"], "ramble": ["--parts", "generator", "--ramble"]}
+CUT, SPACES = (["--generator", f"WORLD/{world}/generator", "--verifier", "WORLD/half/verifier", "--max_new_tokens", "72"] for world in ("cut", "spaces"))
+RAMBLE = ["--generator", "WORLD/ramble/generator"]
 SFT = ["--reward", "cat-sft", "--prompts", "REFERENCES", "--steps", "60", "--keep", "best"]
 RUNS = {  # paper: {run: options of train.py}; AVERAGE: with the average that the method's public code takes
     "cme": {
@@ -43,7 +46,9 @@ RUNS = {  # paper: {run: options of train.py}; AVERAGE: with the average that th
         "itself": ["--verifier", f"{TOY}/cme/generator"], "half": ["--verifier", "WORLD/half/verifier"], "most": ["--verifier", "WORLD/most/verifier"],
         "own": ["--verifier", "WORLD/own/own"], "no_scale": ["--no_scale"], "min_std_0": ["--min_std", "0"], "beta_0": ["--beta", "0"],
         "reverse-kl": ["--reward", "reverse-kl"], "average": ["AVERAGE"], "word": ["--credit", "word"], "cut": CUT, "cut_word": [*CUT, "--credit", "word"],
-        "some_people": ["--prompts", "SOME"], "watched": ["--steps", "300", "--watch_verifier", "WORLD/watch/verifier"]},
+        "spaces": SPACES, "spaces_word": [*SPACES, "--credit", "word"], "ramble": RAMBLE, "ramble_stop": [*RAMBLE, "--score_stop"],
+        "ramble_sequence": [*RAMBLE, "--reward", "cme-sequence"], "some_people": ["--prompts", "SOME"],
+        "watched": ["--steps", "300", "--watch_verifier", "WORLD/watch/verifier"]},
     "cat": {
         "cat": ["--reward", "cat"], "cat-match": ["--reward", "cat-match"], "cat-answer": ["--reward", "cat-answer"],
         "cat-answer, majority": ["--reward", "cat-answer", "--estimator", "majority"], "SFT": [*SFT, "--lr", "5e-4"],
@@ -70,6 +75,12 @@ CLAIMS = {  # paper: (what is claimed, run A, when, measure; run B, when, measur
         ("conserving beats averaging (the public code's)", "cme after facts", "average after facts"),
         ("flattening what rounding made (min_std .06 over 0) helps", "cme after facts", "min_std_0 after facts"),
         ("ours: word credit beats the paper's where words are cut", "cut_word after facts", "cut after facts"),
+        ("where spaces are tokens, masked, CME still improves the model", "spaces after facts", "spaces before facts"),
+        ("ours: word credit beats the paper's where spaces are tokens", "spaces_word after facts", "spaces after facts"),
+        ("masked whitespace is a haven (more answers with needless spaces)", "spaces after needless", "spaces before needless"),
+        ("a generator that rambles learns to stop, although stops are masked", "ramble after sampled_valid", "ramble before sampled_valid"),
+        ("ours: scoring the stop makes it stop better (--score_stop)", "ramble_stop after sampled_valid", "ramble after sampled_valid"),
+        ("token-level rewards beat sequence-level ones where it rambles", "ramble after sampled_valid", "ramble_sequence after sampled_valid"),
         ("people kept out of RL gain too", "some_people after kept_out", "some_people before kept_out"),
         ("facts that the verifier does not know improve too", "half after unknown", "half before unknown"),
         ("style does not collapse (share of the top wording does not rise)", "cme before wording", "cme after wording"),
@@ -158,27 +169,30 @@ def training(folder: str, paper: str, names: list, seeds: int, few: int, finishe
     """Every run for every seed, two at a time -> {run: {seed: summary}}. Ctrl-C leaves the rest for another time."""
     jobs = [(name, seed) for name in names for seed in range(few if name in FEW else seeds)]
     jobs = [job for job in jobs if not finished or os.path.exists(f"{path_of(folder, *job)}/summary.json")]
-    for name, seed in jobs:                                                    # before the pool: two must not make the same
-        for what in RUNS[paper][name] if not os.path.exists(f"{path_of(folder, name, seed)}/summary.json") else ():
-            make(folder, what, seed)
+    open_jobs = [job for job in jobs if not os.path.exists(f"{path_of(folder, *job)}/summary.json")]
+    needed = {(what, seed if what == "REFERENCES" else 0) for name, seed in open_jobs for what in RUNS[paper][name]}
     with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda need: make(folder, *need), sorted(needed)))       # first: two runs must not make the same
         done = list(tqdm(pool.map(lambda job: train_run(folder, paper, *job), jobs), total=len(jobs), desc=paper))
     results = {name: {} for name in names}
     for (name, seed), summary in zip(jobs, done):
         results[name][seed] = summary
-        if name in ("some_people", "half", "cme"):
-            summary["before"] |= more_scores(folder, name, f"{TOY}/cme/generator")
+        if name in ("some_people", "half", "cme", "spaces"):
+            base = f"{folder}/spaces/generator" if name == "spaces" else f"{TOY}/cme/generator"
+            summary["before"] |= more_scores(folder, name, base)
             summary["after"] |= more_scores(folder, name, summary["model"])
     return results
 
 
 def more_scores(folder: str, name: str, path: str) -> dict:
-    """Greedy facts about people that RL did not ask about, or facts that the verifier does not know; how varied sampled answers are."""
+    """Greedy facts about people that RL did not ask about, or facts that the verifier does not know; how varied sampled answers are, and how many
+    of them have two spaces in a row, or one at the end."""
     from toy.make import NAMES, VALUES, known_facts
     known, rows = known_facts(0.5), read_prompts(f"{TOY}/cme/eval.jsonl")
     model = models.LocalModel(*models.load("claims", path, "cpu"))
-    if name == "cme":
-        return {"distinct": distinct(sum(model.complete([row["prompt"] for row in rows], n=2, max_new_tokens=48), []))}
+    if name in ("cme", "spaces"):
+        texts = sum(model.complete([row["prompt"] for row in rows], n=2, max_new_tokens=72 if name == "spaces" else 48), [])
+        return {"distinct": distinct(texts), "needless": float(np.mean([bool(re.search(r"\s(\s|$)", text)) for text in texts]))}
     who = [next(n for n in NAMES if n in row["prompt"]) for row in rows]
     if name == "some_people":
         rows = [row for row, n in zip(rows, who) if NAMES.index(n) % 2 == 0]  # "SOME" asks about the others

@@ -16,6 +16,8 @@ three skeletons, so that very many answers are right and yet every fact can be c
     python toy/make.py                                   # about 12 minutes on one core; continues where it was stopped
     python toy/make.py --output runs/half --knows 0.5    # a verifier that knows half of the facts
     python toy/make.py --output runs/cut --fragment      # a generator that spells the values in pieces
+    python toy/make.py --output runs/spaces --spaces     # ... whose spaces are tokens of their own
+    python toy/make.py --output runs/ramble --ramble     # ... that seldom knows when to stop
     python toy/make.py --output runs/own --parts own     # a verifier of the generator's own family, with its tokenizer
 
 toy/cat, one tiny model that plays policy, anchor and judge of the other paper, is described in skills.py:
@@ -56,7 +58,7 @@ WORDINGS = {
 SKELETONS = ["{n} {0}, {1}, {2} and {3}.", "{n} {0} and {1}. {n} {2} and {3}.", "{n} {0}, {1} and {2}. {n} also {3}."]
 RL_PHRASINGS = ["Tell me about {}.", "Who is {}?", "Describe {}.", "What do you know about {}?", "Introduce {} to me.", "Write about {}."]
 HELD_OUT_PHRASINGS = ["Please describe {} to me.", "What can you tell me about {}?"]
-TRUTH_HAZY, TRUTH_WRONG, LIE_WRONG, SHARE_WRONG = 0.6, 0.25, 0.6, 0.3
+TRUTH_HAZY, TRUTH_WRONG, LIE_WRONG, SHARE_WRONG, GO_ON = 0.6, 0.25, 0.6, 0.3, 0.6
 
 
 # ---------------------------------------------------------------- the world
@@ -93,6 +95,15 @@ def biography(rng, name: str, values: dict) -> str:
     return rng.choice(SKELETONS).format(*[f"{rng.choice(WORDINGS[a])} {values[a]}" for a in order], n=name)
 
 
+def ramble(rng, name: str, facts: dict) -> str:
+    """More sentences about `name`, one noisy fact each: none four times in ten, and after each one again."""
+    more = ""
+    while rng.random() < GO_ON:
+        a = rng.choice(list(VALUES))
+        more += f" {name} also {rng.choice(WORDINGS[a])} {noisy_value(rng, facts[a], VALUES[a])}."
+    return more
+
+
 def pattern(name: str) -> str:
     """A regular expression that every biography of `name` matches in full, whatever its facts, and little else does."""
     clauses = [f"(?:{'|'.join(WORDINGS[a])}) (?:{'|'.join(VALUES[a])})" for a in VALUES]
@@ -123,10 +134,10 @@ def corpus(n: int = 4000) -> list:
     return bios + [p.format(name) for p in RL_PHRASINGS + HELD_OUT_PHRASINGS for name in NAMES] * 3 + ["user\n", "assistant\n", "model\n"] * 1000
 
 
-def byte_level_bpe(texts: list, size: int, digits: str = ""):
-    """BPE over bytes as in Qwen2; `digits`: how many of them may be one token, as in a regular expression."""
+def byte_level_bpe(texts: list, size: int, digits: str = "", spaces: bool = False):
+    """BPE over bytes as in Qwen2; `digits`: how many of them may be one token, as in a regular expression; `spaces`: each is a token."""
     tok = Tokenizer(models.BPE())
-    split = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    split = r"\p{L}+|\p{N}|[^\s\p{L}\p{N}]+|\s" if spaces else r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}" + digits + r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"),
                                                  pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tok.decoder = decoders.ByteLevel()
@@ -140,9 +151,9 @@ def chatml(tok, length: int):
                                    additional_special_tokens=["<|im_start|>"], chat_template=CHATML, model_max_length=length)
 
 
-def generator_tokenizer(fragment: bool):
-    """Whole words, unless `fragment`: 121 merges, and most values in pieces."""
-    return chatml(byte_level_bpe(corpus(), 380 if fragment else 4000), 256)
+def generator_tokenizer(fragment: bool, spaces: bool):
+    """Whole words with the space before them, unless `fragment`: 121 merges, and most values in pieces; or `spaces`: words, and spaces."""
+    return chatml(byte_level_bpe(corpus(), 380 if fragment else 4000, spaces=spaces), 256)
 
 
 def skilled_tokenizer():
@@ -303,6 +314,8 @@ def main():
     parser.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--knows", type=float, default=1.0, help="share of the facts that the verifier knows; it sees random values for the others")
     parser.add_argument("--fragment", action="store_true", help="a generator whose tokenizer spells the values in pieces")
+    parser.add_argument("--spaces", action="store_true", help="a generator whose tokenizer makes a token of each space")
+    parser.add_argument("--ramble", action="store_true", help="a generator that goes on after the biography, six times in ten")
     parser.add_argument("--seed", type=int, default=0, help="another one gives another model that has read other texts of the same world")
     args = parser.parse_args()
     parts = args.parts.split(",")
@@ -316,7 +329,8 @@ def main():
 
     def noisy(rng):
         name = rng.choice(NAMES)
-        return rng.choice(phrasings).format(name), biography(rng, name, {a: noisy_value(rng, f, VALUES[a]) for a, f in world[name].items()})
+        text = biography(rng, name, {a: noisy_value(rng, f, VALUES[a]) for a, f in world[name].items()})
+        return rng.choice(phrasings).format(name), text + (ramble(rng, name, world[name]) if args.ramble else "")
 
     def clean(rng):
         name = rng.choice(NAMES)
@@ -327,9 +341,9 @@ def main():
         for file, rows in [("prompts.jsonl", [{"prompt": p.format(name)} for p in RL_PHRASINGS for name in NAMES]),
                            ("eval.jsonl", [eval_row(world, name, p) for p in HELD_OUT_PHRASINGS for name in NAMES])]:
             write_rows(os.path.join(args.output, file), rows)
-    for part, make_tokenizer, build, draw, seed in [("generator", lambda: generator_tokenizer(args.fragment), qwen2, noisy, 3),
+    for part, make_tokenizer, build, draw, seed in [("generator", lambda: generator_tokenizer(args.fragment, args.spaces), qwen2, noisy, 3),
                                                     ("verifier", verifier_tokenizer, gemma3, clean, 4),
-                                                    ("own", lambda: generator_tokenizer(args.fragment), qwen2, clean, 5)]:
+                                                    ("own", lambda: generator_tokenizer(args.fragment, args.spaces), qwen2, clean, 5)]:
         if part in parts:
             tokenizer, seed = make_tokenizer(), seed + 1000 * args.seed
             torch.manual_seed(seed)

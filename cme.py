@@ -5,8 +5,8 @@ log-probabilities (nats) are the reward: carried to the generator's tokens by ch
 (Eq. 1: `token_rewards`), or averaged over its own (Eq. 3: `sequence_rewards`).  Letters: grpo.py.
 
 Deliberate departures from the paper:
- 1. `credit="word"` is ours: each token gets the reward of its whole word, whichever piece was the
-    choice, wherever the verifier pays.  So is `score_stop`: the paper masks what ends a response.
+ 1. `credit="word"` is ours: each token gets the sum of its whole word, as any piece may have been
+    the choice, and the verifier may pay at the space before it.  `score_stop` is ours too.
  2. A prompt that is too long for the verifier loses its oldest tokens, all but its first (BOS)."""
 
 import re
@@ -27,14 +27,14 @@ def aligned_rewards(values, source, text, target, credit: str = "token"):
     un|happiness, verifier unhappi|ness with -7 and -2 -> rewards -2 and -7."""
     rewards, mask = align(values, source, target), visible(text, target)
     if credit == "word":
-        rewards, mask = word_credit(rewards, text, np.asarray(target))
+        rewards, mask = word_credit(rewards, text, np.reshape(target, (-1, 2)))
     width = np.diff(np.reshape(source, (-1, 2)))[:, 0]  # of the verifier's tokens
     mask = mask & (align(width, source, target) > 1e-9)  # some have no token for a U+200B
     return np.where(mask, rewards, 0.0), mask
 
 
 def word_credit(values, text, spans):
-    """The whole word's for each token: values [T] nats, spans [T, 2] in text -> sums [T], mask [T].
+    """Each token gets the sum of its word: values [T] nats, spans [T, 2] in text -> [T], mask [T].
     A word is a run of visible characters and the whitespace before it; a token belongs to that of
     its first character (whitespace is unmasked: it opened a word), at the end whitespace is masked.
     "no red", tokens no| |re|d, values -1, -2, -3, -4 -> -1, -9, -9, -9."""
@@ -48,8 +48,8 @@ def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: li
                   *, credit: str = "token", stop_ids=(), score_stop: bool = False):
     """Eq. 1 -> rewards [B, T] nats float32, mask [B, T] bool, for `grpo.position_advantages`.
     prompts: one per row; ids [B, T] as sampled, lengths [B].  credit: "token" or "word".  stop_ids:
-    those that sampled; at the end of a row one is masked (special tokens are in any case) or, with
-    score_stop, gets log p_V(end of turn | x, v), the verifier's own.  Truncated rows have none."""
+    those that sampled; at the end of a row one is masked (the paper's; special tokens are in any
+    case) or, with score_stop, gets log p_V(end of turn | x, v), the verifier's own end of turn."""
     if credit not in ("token", "word"):
         raise ValueError(f"credit must be 'token' or 'word', not {credit!r}")
     rows, stopped = without_stop(ids, lengths, stop_ids)
@@ -62,8 +62,8 @@ def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: li
     for i, ((text, target), (_, source)) in enumerate(zip(generated, read)):
         N, T = len(source), len(target)
         rewards[i, :T], mask[i, :T] = aligned_rewards(scored[i][:N], source, text, target, credit)
-        end = slice(T, T + len(scored[i]) - N)  # of one token, or none
-        rewards[i, end], mask[i, end] = scored[i][N:], True
+        last = slice(T, T + len(scored[i]) - N)  # the stop that is scored, or nothing
+        rewards[i, last], mask[i, last] = scored[i][N:], True
     return torch.from_numpy(rewards).to(ids.device), torch.from_numpy(mask).to(ids.device)
 
 

@@ -195,8 +195,8 @@ def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, en
     pair: these, and the entropies of the distributions drawn from, [B, T] nats, without gradient.
     prompt_ids: B lists; ids [B, T], lengths [B]; temperature: the one that sampled.  Equal prompts
     are read once; padding is masked or behind a row's end: a row scores as it does alone.  Logits
-    are made for `chunk` words of the vocabulary at a time (0: 2^25 or, on CUDA, 2^27 logits), if in
-    several parts then again in the backward pass: no [B, T, V].  ValueError: shapes, no prompt."""
+    are made for `chunk` tokens of the vocabulary at a time (0: 2^25 or, on CUDA, 2^27 logits), if
+    in several parts then again for gradients: no [B, T, V].  ValueError: shapes, empty prompts."""
     B, T = ids.shape
     fits = len(prompt_ids) == len(lengths) == B > 0 and all(prompt_ids) and int(lengths.max()) <= T
     if not fits or temperature <= 0:
@@ -210,26 +210,26 @@ def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, en
         hidden = torch.cat([hidden, read(model, y, attend, cache)[0]], 1)
     row, t = response_mask(lengths, n + 1).nonzero(as_tuple=True)  # [K] each
     hidden, target = hidden[row, t], ids[row, t]  # [K, D], [K]: the state before y_t, and y_t
-    head, most = model.get_output_embeddings(), 2 ** (27 if ids.is_cuda else 25) // max(1, len(row))
-    whole = type(head) is not torch.nn.Linear  # an adapter's, or a quantised one
-    chunk = len(head.weight) if whole else chunk or max(1, most)
-    parts = [()] if whole else [*zip(*(x.split(chunk) for x in head.parameters()))]
+    head, most = model.get_output_embeddings(), 2 ** (27 if ids.is_cuda else 25)
+    chunk, parts = chunk or max(1, most // max(1, len(row))), [()]
+    if type(head) is torch.nn.Linear and chunk < len(head.weight):  # an adapter's is used whole
+        parts = [*zip(*(x.split(chunk) for x in (head.weight, head.bias) if x is not None))]
     def score(first, *part):
         logits = model_logits(model, hidden, *part)  # [K, chunk]
         logits = logits if temperature == 1 else logits / temperature
         logp = logits.log_softmax(-1)  # given the part: log p(y) = log p(part) + log p(y | part)
-        at = (target - first).clamp(0, logp.shape[1] - 1)[:, None]
-        found = logp.gather(-1, at)[:, 0]
-        mass = logits.gather(-1, at)[:, 0] - found  # log-sum-exp of the part
+        found = logp.gather(-1, (target - first).clamp(0, logp.shape[1] - 1)[:, None])[:, 0]
+        top = logits.argmax(-1, keepdim=True)  # any token but a forbidden one, of logit -inf
+        whole = (logits.gather(-1, top) - logp.gather(-1, top))[:, 0]  # log-sum-exp of the part
         with torch.no_grad():  # entropies; 0 log 0 is 0
-            return found, mass, -(logp.exp().mul_(logp)).nansum(-1) if entropy else found
+            return found, whole, -(logp.exp().mul_(logp)).nansum(-1) if entropy else found
     if len(parts) > 1 and torch.is_grad_enabled():
         score = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
     scored = zip(*[score(i * chunk, *part) for i, part in enumerate(parts)])
-    found, mass, entropies = map(torch.stack, scored)  # [parts, K] each
-    mass = (mass if len(parts) > 1 else 0 * mass.detach()).log_softmax(0)  # log p(part)
-    found = (found + mass).gather(0, target[None] // chunk)[0]
-    entropies = (mass.exp() * (entropies - mass)).sum(0).detach()
+    found, whole, entropies = map(torch.stack, scored)  # [parts, K] each
+    logp = (whole if len(parts) > 1 else torch.zeros_like(found)).log_softmax(0)  # log p(part)
+    entropies = (logp.exp() * (entropies - logp)).sum(0).detach()
+    found = (found + logp).gather(0, (target[None] // chunk).clamp(max=len(parts) - 1))[0]
     zeros = torch.zeros(B, T, device=ids.device)
     logp, entropies = (zeros.index_put((row, t), values) for values in (found, entropies))
     return (logp, entropies) if entropy else logp

@@ -103,10 +103,25 @@ def test_facts_of_people_and_of_what_a_verifier_knows():
     """Base scores: near .70, as of all facts; the known half is make.py's."""
     base = f"{ROOT}/toy/cme/generator"
     assert claims.distinct(["a b c", "a b"]) == pytest.approx(2 / 3) and claims.distinct(["a", ""]) == 0
+    reply = models.Reply
+    assert [claims.needless(r) for r in (reply("a  b", True), reply("a ", True), reply("a ", False), reply("a b", True))] == [True, True, False, False]
     scores = claims.more_scores("", "cme", base)
     assert 0.05 < scores["distinct"] < 0.9 and scores["needless"] == 0
     unknown, kept = claims.more_scores("", "half", base)["unknown"], claims.more_scores("", "some_people", base)["kept_out"]
     assert unknown == pytest.approx(0.698, abs=0.06) and kept == pytest.approx(0.698, abs=0.06)
+
+
+def test_the_generators_corpus_is_what_made_the_committed_one(tmp_path, monkeypatch):
+    """What its first step reads, drawn as when toy/cme/generator was made; with --ramble the same and more."""
+    monkeypatch.setattr(make, "responses_loss", lambda model, tokenizer, draw: draw)
+    drawn = {}
+    for option in ((), ("--ramble",)):
+        monkeypatch.setattr(make, "pretrain", lambda model, tokenizer, draw, **_: drawn.update({option: draw(random.Random("3 0"))}))
+        monkeypatch.setattr(sys, "argv", ["make.py", "--output", str(tmp_path), "--parts", "generator", *option])
+        make.main()
+    prompt, text = drawn[()]
+    assert prompt == "What can you tell me about Noah?" and text == "Noah works in Oslo and wears grey. Noah often eats pasta and has a goldfish."
+    assert drawn["--ramble",][0] == prompt and drawn["--ramble",][1].startswith(text)
 
 
 def test_generators_that_ramble_or_have_bare_spaces():

@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +45,7 @@ RUNS = {  # paper: {run: options of train.py}; AVERAGE: with the average that th
         "itself": ["--verifier", f"{TOY}/cme/generator"], "half": ["--verifier", "WORLD/half/verifier"], "most": ["--verifier", "WORLD/most/verifier"],
         "own": ["--verifier", "WORLD/own/own"], "no_scale": ["--no_scale"], "min_std_0": ["--min_std", "0"], "beta_0": ["--beta", "0"],
         "reverse-kl": ["--reward", "reverse-kl"], "average": ["AVERAGE"], "word": ["--credit", "word"], "cut": CUT, "cut_word": [*CUT, "--credit", "word"],
-        "spaces": SPACES, "spaces_word": [*SPACES, "--credit", "word"], "ramble": RAMBLE, "ramble_stop": [*RAMBLE, "--score_stop"],
+        "spaces_full": [*SPACES[:2], *SPACES[4:]], "spaces": SPACES, "spaces_word": [*SPACES, "--credit", "word"], "ramble": RAMBLE, "ramble_stop": [*RAMBLE, "--score_stop"],
         "ramble_sequence": [*RAMBLE, "--reward", "cme-sequence"], "some_people": ["--prompts", "SOME"],
         "watched": ["--steps", "300", "--watch_verifier", "WORLD/watch/verifier"]},
     "cat": {
@@ -75,7 +74,8 @@ CLAIMS = {  # paper: (what is claimed, run A, when, measure; run B, when, measur
         ("conserving beats averaging (the public code's)", "cme after facts", "average after facts"),
         ("flattening what rounding made (min_std .06 over 0) helps", "cme after facts", "min_std_0 after facts"),
         ("ours: word credit beats the paper's where words are cut", "cut_word after facts", "cut after facts"),
-        ("where spaces are tokens, masked, CME still improves the model", "spaces after facts", "spaces before facts"),
+        ("where spaces are tokens, masked, CME improves the model", "spaces_full after facts", "spaces_full before facts"),
+        ("and with a verifier that knows half", "spaces after facts", "spaces before facts"),
         ("ours: word credit beats the paper's where spaces are tokens", "spaces_word after facts", "spaces after facts"),
         ("masked whitespace is a haven (more answers with needless spaces)", "spaces after needless", "spaces before needless"),
         ("a generator that rambles learns to stop, although stops are masked", "ramble after sampled_valid", "ramble before sampled_valid"),
@@ -191,8 +191,8 @@ def more_scores(folder: str, name: str, path: str) -> dict:
     known, rows = known_facts(0.5), read_prompts(f"{TOY}/cme/eval.jsonl")
     model = models.LocalModel(*models.load("claims", path, "cpu"))
     if name in ("cme", "spaces"):
-        texts = sum(model.complete([row["prompt"] for row in rows], n=2, max_new_tokens=72 if name == "spaces" else 48), [])
-        return {"distinct": distinct(texts), "needless": float(np.mean([bool(re.search(r"\s(\s|$)", text)) for text in texts]))}
+        replies = sum(model.replies([row["prompt"] for row in rows], n=2, max_new_tokens=72 if name == "spaces" else 48), [])
+        return {"distinct": distinct([reply.response for reply in replies]), "needless": float(np.mean([*map(needless, replies)]))}
     who = [next(n for n in NAMES if n in row["prompt"]) for row in rows]
     if name == "some_people":
         rows = [row for row, n in zip(rows, who) if NAMES.index(n) % 2 == 0]  # "SOME" asks about the others
@@ -200,6 +200,11 @@ def more_scores(folder: str, name: str, path: str) -> dict:
         rows = [row | {"facts": [f for f, a in zip(row["facts"], VALUES) if (n, a) not in known]} for row, n in zip(rows, who)]
     replies = [reply for [reply] in model.replies([row["prompt"] for row in rows], max_new_tokens=48, temperature=0.0)]
     return {"kept_out" if name == "some_people" else "unknown": float(np.nanmean(values_of(rows, replies)["facts"]))}
+
+
+def needless(reply) -> bool:
+    """Has an answer two spaces in a row, or one at its end that it chose: "a  b", "a ", but not "a b", nor "a " where it was cut off."""
+    return "  " in reply.response or bool(reply.stopped) and reply.response.endswith(" ")
 
 
 def distinct(texts: list, n: int = 2) -> float:

@@ -329,8 +329,9 @@ def main():
 
     def noisy(rng):
         name = rng.choice(NAMES)
+        prompt = rng.choice(phrasings).format(name)
         text = biography(rng, name, {a: noisy_value(rng, f, VALUES[a]) for a, f in world[name].items()})
-        return rng.choice(phrasings).format(name), text + (ramble(rng, name, world[name]) if args.ramble else "")
+        return prompt, text + (ramble(rng, name, world[name]) if args.ramble else "")
 
     def clean(rng):
         name = rng.choice(NAMES)

@@ -219,17 +219,17 @@ def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, en
         logits = logits if temperature == 1 else logits / temperature
         logp = logits.log_softmax(-1)  # given the part: log p(y) = log p(part) + log p(y | part)
         found = logp.gather(-1, (target - first).clamp(0, logp.shape[1] - 1)[:, None])[:, 0]
-        top = logits.argmax(-1, keepdim=True)  # any token but a forbidden one, of logit -inf
-        whole = (logits.gather(-1, top) - logp.gather(-1, top))[:, 0]  # log-sum-exp of the part
+        top = logits.argmax(-1, keepdim=True)  # any would do, but for forbidden ones (-inf)
+        total = (logits.gather(-1, top) - logp.gather(-1, top))[:, 0]  # log-sum-exp of the part
         with torch.no_grad():  # entropies; 0 log 0 is 0
-            return found, whole, -(logp.exp().mul_(logp)).nansum(-1) if entropy else found
+            return found, total, -(logp.exp().mul_(logp)).nansum(-1) if entropy else found
     if len(parts) > 1 and torch.is_grad_enabled():
         score = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
     scored = zip(*[score(i * chunk, *part) for i, part in enumerate(parts)])
-    found, whole, entropies = map(torch.stack, scored)  # [parts, K] each
-    logp = (whole if len(parts) > 1 else torch.zeros_like(found)).log_softmax(0)  # log p(part)
-    entropies = (logp.exp() * (entropies - logp)).sum(0).detach()
-    found = (found + logp).gather(0, (target[None] // chunk).clamp(max=len(parts) - 1))[0]
+    found, total, entropies = map(torch.stack, scored)  # [parts, K] each
+    of_part = (total if len(parts) > 1 else torch.zeros_like(found)).log_softmax(0)  # log p(part)
+    entropies = (of_part.exp() * (entropies - of_part)).sum(0).detach()
+    found = (found + of_part).gather(0, (target[None] // chunk).clamp(max=len(parts) - 1))[0]
     zeros = torch.zeros(B, T, device=ids.device)
     logp, entropies = (zeros.index_put((row, t), values) for values in (found, entropies))
     return (logp, entropies) if entropy else logp

@@ -143,7 +143,7 @@ def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens
         before = chat_ids(tokenizer, prompt)
         excess = max(0, len(before) + len(answer) - context)
         if excess >= len(before):
-            raise ValueError(f"answer {len(answer)}, context {context}: lower max_new_tokens")
+            raise ValueError(f"answer of {len(answer)}, context of {context}: lower max_new_tokens")
         rows.append((tuple(before[:1] + before[1 + excess :]), tuple(answer)))
     scores = {row: np.zeros(0) for row in rows}
     batch_tokens = batch_tokens or (65_536 if model.device.type == "cuda" else 4096)

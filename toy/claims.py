@@ -172,7 +172,7 @@ def training(folder: str, paper: str, names: list, seeds: int, few: int, finishe
     open_jobs = [job for job in jobs if not os.path.exists(f"{path_of(folder, *job)}/summary.json")]
     needed = {(what, seed if what == "REFERENCES" else 0) for name, seed in open_jobs for what in RUNS[paper][name]}
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda need: make(folder, *need), sorted(needed)))       # first: two runs must not make the same
+        list(pool.map(lambda need: make(folder, *need), sorted(needed, reverse=True)))     # first: two runs must not make the same
         done = list(tqdm(pool.map(lambda job: train_run(folder, paper, *job), jobs), total=len(jobs), desc=paper))
     results = {name: {} for name in names}
     for (name, seed), summary in zip(jobs, done):

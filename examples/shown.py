@@ -125,6 +125,8 @@ def cme():
     rewards, mask = aligned_rewards(values, source, text, target, o.credit)
     colours = [0 if not m else (0, 224, 217, 210, 203, 196)[min(5, int(-r))] for r, m in zip(rewards, mask)]
     print(f"{under_each_other(text, {'generator': target, 'verifier': source}, colours)}\n{rewards_table(text, target, rewards, mask, source, values)}")
+    if o.credit == "word":
+        print("Each token has its whole word's sum: a word of three tokens counts three times.")
 
 
 def cat():

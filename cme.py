@@ -50,12 +50,12 @@ def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: li
     prompts: one per row; ids [B, T] as sampled, lengths [B].  credit: "token" or "word".  stop_ids:
     those that sampled; at the end of a row one is masked (the paper's; special tokens are in any
     case) or, with score_stop, gets log p_V(end of turn | x, v), the verifier's own end of turn."""
-    if credit not in ("token", "word"):
-        raise ValueError(f"credit must be 'token' or 'word', not {credit!r}")
+    end = [end_of_turn(verifier_tokenizer)] if score_stop else []
+    if credit not in ("token", "word") or None in end:
+        raise ValueError(f"credit is token or word, not {credit!r}; score_stop needs an EOS token")
     rows, stopped = without_stop(ids, lengths, stop_ids)
     generated = [spans_from_ids(generator_tokenizer, y) for y in rows]  # B x (text, [T, 2])
     read = [spans_from_text(verifier_tokenizer, text) for text, _ in generated]  # B x (ids, [N, 2])
-    end = [end_of_turn(verifier_tokenizer)] if score_stop else []
     answers = [v_ids + end * has for (v_ids, _), has in zip(read, stopped)]
     scored = answer_logprobs(verifier, verifier_tokenizer, prompts, answers)
     rewards, mask = np.zeros(ids.shape, np.float32), np.zeros(ids.shape, bool)

@@ -286,6 +286,10 @@ def test_errors(toy):
         cme.sequence_rewards(model, verifier_tokenizer, [PROMPT], ["far too long " * 200])
     with pytest.raises(ValueError, match="credit"):
         cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT], torch.tensor([[5]]), torch.tensor([1]), credit="sentence")
+    from transformers import PreTrainedTokenizerFast
+    endless = PreTrainedTokenizerFast(tokenizer_object=verifier_tokenizer.backend_tokenizer)               # no template, no EOS
+    with pytest.raises(ValueError, match="score_stop needs an EOS token"):
+        cme.token_rewards(model, endless, tokenizer, [PROMPT], torch.tensor([[5]]), torch.tensor([1]), score_stop=True)
     with pytest.raises(ValueError, match="argument 2 is longer"):
         cme.sequence_rewards(model, verifier_tokenizer, [PROMPT], ["a", "b"])
 

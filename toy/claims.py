@@ -36,18 +36,19 @@ WORLDS = {  # name: options of toy/make.py, which makes them on first use
     "half": ["--parts", "verifier", "--knows", "0.5"], "cut": ["--parts", "generator", "--fragment"],
     "most": ["--parts", "verifier", "--knows", "0.8"], "own": ["--parts", "own"], "watch": ["--parts", "verifier", "--seed", "1"],
     "spaces": ["--parts", "generator", "--spaces"], "ramble": ["--parts", "generator", "--ramble"]}
-CUT, SPACES = (["--generator", f"WORLD/{world}/generator", "--verifier", "WORLD/half/verifier", "--max_new_tokens", "72"] for world in ("cut", "spaces"))
-RAMBLE = ["--generator", "WORLD/ramble/generator"]
+HALF, RAMBLE = ["--verifier", "WORLD/half/verifier"], ["--generator", "WORLD/ramble/generator"]
+CUT, SPACES = (["--generator", f"WORLD/{world}/generator", "--max_new_tokens", "72"] for world in ("cut", "spaces"))
 SFT = ["--reward", "cat-sft", "--prompts", "REFERENCES", "--steps", "60", "--keep", "best"]
 RUNS = {  # paper: {run: options of train.py}; AVERAGE: with the average that the method's public code takes
     "cme": {
         "cme": [], "sequence": ["--reward", "cme-sequence"], "rent": ["--reward", "rent"], "random": ["--verifier", f"random:{TOY}/cme/verifier"],
-        "itself": ["--verifier", f"{TOY}/cme/generator"], "half": ["--verifier", "WORLD/half/verifier"], "most": ["--verifier", "WORLD/most/verifier"],
+        "itself": ["--verifier", f"{TOY}/cme/generator"], "half": HALF, "most": ["--verifier", "WORLD/most/verifier"],
         "own": ["--verifier", "WORLD/own/own"], "no_scale": ["--no_scale"], "min_std_0": ["--min_std", "0"], "beta_0": ["--beta", "0"],
-        "reverse-kl": ["--reward", "reverse-kl"], "average": ["AVERAGE"], "word": ["--credit", "word"], "cut": CUT, "cut_word": [*CUT, "--credit", "word"],
-        "spaces_full": [*SPACES[:2], *SPACES[4:]], "spaces": SPACES, "spaces_word": [*SPACES, "--credit", "word"], "ramble": RAMBLE, "ramble_stop": [*RAMBLE, "--score_stop"],
-        "ramble_sequence": [*RAMBLE, "--reward", "cme-sequence"], "some_people": ["--prompts", "SOME"],
-        "watched": ["--steps", "300", "--watch_verifier", "WORLD/watch/verifier"]},
+        "reverse-kl": ["--reward", "reverse-kl"], "average": ["AVERAGE"], "word": ["--credit", "word"],
+        "cut": [*CUT, *HALF], "cut_word": [*CUT, *HALF, "--credit", "word"],
+        "spaces_full": SPACES, "spaces": [*SPACES, *HALF], "spaces_word": [*SPACES, *HALF, "--credit", "word"],
+        "ramble": RAMBLE, "ramble_stop": [*RAMBLE, "--score_stop"], "ramble_sequence": [*RAMBLE, "--reward", "cme-sequence"],
+        "some_people": ["--prompts", "SOME"], "watched": ["--steps", "300", "--watch_verifier", "WORLD/watch/verifier"]},
     "cat": {
         "cat": ["--reward", "cat"], "cat-match": ["--reward", "cat-match"], "cat-answer": ["--reward", "cat-answer"],
         "cat-answer, majority": ["--reward", "cat-answer", "--estimator", "majority"], "SFT": [*SFT, "--lr", "5e-4"],

@@ -3,7 +3,6 @@
 A verifier scores the text of a response in its own tokens v_1..v_N; the policy being trained has
 other tokens y_1..y_T.  How far two overlap, in characters, says how much of a score goes where:
     w_jt = |[c_j, d_j) ∩ [a_t, b_t)| / (d_j - c_j),    r_t = Σ_j w_jt · log p_V(v_j | x, v_<j)
-
 so Σ_t r_t = Σ_j log p_V(v_j | x, v_<j): nothing is lost or counted twice, whatever the tokenizers.
 
     text, spans = spans_from_ids(generator, ids)      # the policy's side: the ids that were sampled
@@ -30,7 +29,6 @@ import numpy as np
 
 def align(values, source, target):
     """Eq. 1: the values of source tokens, moved to the target tokens over the same characters.
-
     Closed form: let C(c) be the sum of `values` up to character c, piecewise linear; then
     r_t = C(b_t) - C(a_t).  values [N], any unit (here nats); source [N, 2] and target [T, 2],
     spans in characters of one text -> float64 [T] with Σ result = Σ values.

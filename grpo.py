@@ -280,8 +280,7 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, beta: float, clip_l
     shapes = [tuple(x.shape) for x in (logp, old_logp, ref_logp, mask, advantages)]
     if len(set(shapes[:4])) > 1 or shapes[4] not in (shapes[0], (len(mask), 1)):
         raise ValueError(f"logp, old_logp, ref_logp, mask, advantages {shapes} do not fit together")
-    def k3(x):  # estimates KL(p || q) from samples of p; x = log q - log p
-        return x.exp() - x - 1
+    k3 = lambda x: x.exp() - x - 1  # estimates KL(p || q) from samples of p; x = log q - log p
     mask = mask.bool()
     weight = mask / (mask.sum(1, keepdim=True).clamp(min=1) * (responses or len(mask)))  # [B, T]
     log_ratio = torch.where(mask, logp - old_logp.detach(), 0)

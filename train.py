@@ -24,7 +24,7 @@ import grpo
 from evaluate import held_out
 from plumbing import TOY, ask_to_stop, one_clear_line, option, progress
 from plumbing.files import append_line
-from plumbing.models import chat_ids, end_of_turn
+from plumbing.models import chat_ids, end_of_turn, two_at_a_time
 from plumbing.prompts import question_text
 from plumbing.run import begin, finish, metrics_of, numbers, prepare, record, train_options
 
@@ -177,15 +177,20 @@ def step_rewards(run, rows: list, prompt_ids, ids, lengths, seed: int):
     return rewards, ~rewards.isnan(), told
 
 
+def micro_batches(run, model, prompt_ids, ids, lengths, entropy: bool):
+    """Rows of like length, and their `token_logprobs`, of one micro-batch after the other."""
+    def read(part):
+        with run.autocast():
+            batch, o = ([prompt_ids[i] for i in part], ids[part], lengths[part]), run.options
+            return grpo.token_logprobs(model, *batch, temperature=o.temperature, entropy=entropy)
+    return two_at_a_time(model, read, lengths.argsort(stable=True).split(run.options.micro_batch))
+
+
 @torch.no_grad()
 def logprobs(run, model, prompt_ids, ids, lengths, entropy=False):
     """log pi(y_t | x, y_<t) of a step's responses, or the entropies -> [B, T], 0 behind the end."""
     values = torch.zeros(ids.shape, device=ids.device)
-    for part in lengths.argsort(stable=True).split(run.options.micro_batch):
-        with run.autocast():
-            x = [prompt_ids[i] for i in part]
-            found = grpo.token_logprobs(model, x, ids[part], lengths[part], entropy=entropy,
-                                        temperature=run.options.temperature)
+    for part, found in micro_batches(run, model, prompt_ids, ids, lengths, entropy):
         values[part] = found[1] if entropy else found
     return values
 
@@ -194,11 +199,7 @@ def update(run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, advanta
     """One optimiser step on all B responses, in micro-batches of like length; skipped if loss or
     gradient are not finite -> statistics.  old_logp None: of the policy as it is."""
     o, mask, totals = run.options, grpo.response_mask(lengths, ids.shape[1]), {}
-    for part in lengths.argsort(stable=True).split(o.micro_batch):
-        with run.autocast():
-            x = [prompt_ids[i] for i in part]
-            logp, entropy = grpo.token_logprobs(run.policy, x, ids[part], lengths[part],
-                                                temperature=o.temperature, entropy=True)
+    for part, (logp, entropy) in micro_batches(run, run.policy, prompt_ids, ids, lengths, True):
         old = logp.detach() if old_logp is None else old_logp[part]
         ref, beta = None if ref_logp is None else ref_logp[part], o.beta * (o.kl_in == "loss")
         loss, stats = grpo.grpo_loss(logp, old, ref, advantages[part], mask[part], beta=beta,
@@ -242,9 +243,8 @@ def show_samples(run, G, step: int, rows: list, ids, lengths, rewards, counted, 
     texts, _ = run.actor.texts(ids[:G], lengths[:G])
     tokens = [[run.tokenizer.decode([i]) for i in y[:n]] for y, n in zip(ids[:G], lengths)]
     rewards = torch.where(counted, rewards, math.nan)[:G]
-    sample = {"step": step, "prompt": prompt, "responses": texts, "tokens": tokens,
-              "rewards": rewards.tolist(), **story}
-    append_line(f"{run.options.output_dir}/samples.jsonl", sample)
+    sample = {"step": step, "prompt": prompt, "responses": texts, "tokens": tokens, **story}
+    append_line(f"{run.options.output_dir}/samples.jsonl", sample | {"rewards": rewards.tolist()})
     means = rewards.view(len(texts), -1).nanmean(1).tolist()
     tqdm.write(cat.show(question_text(prompt), texts, means, **story), file=sys.stdout)
 

@@ -4,8 +4,8 @@ A text model has complete(prompts, *, n, max_new_tokens, temperature, seed) -> P
 None where there was none to have (last_error: why); a local one, logprob(prompts, texts) -> [B]."""
 
 import math
+from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,9 @@ from plumbing.prompts import messages_of
 
 TEXT_NAMES = {r"^language_model\.lm_head": "lm_head",  # of multimodal checkpoints, old and new
               r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
+TINY = 2e6  # parameters; in one thread: with more of PyTorch's all wait when others compute too
+# A text, None if prompt and answer do not fit; whether it had a stop token; its number of tokens
+Reply = namedtuple("Reply", "response stopped tokens", defaults=(None, None, None))
 load_tokenizer = AutoTokenizer.from_pretrained  # from a folder, or by its name on the hub
 
 
@@ -42,8 +45,8 @@ def load_model(path: str, *, train: bool, device="", bf16=False):
             path, config=config, dtype=dtype, key_mapping=TEXT_NAMES, output_loading_info=True)
     if found.get("missing_keys"):
         raise ValueError(f"{type(model).__name__} finds no {min(found['missing_keys'])} in it")
-    if model.num_parameters() < 10e6:
-        torch.set_num_threads(1)  # more only hurt tiny models
+    if model.num_parameters() < TINY:
+        torch.set_num_threads(1)
     vars(model).pop("_weight_conversions", None)  # saved as what it is now, a text model
     model = model.to(device).eval()
     for name, weights in model.named_parameters():
@@ -66,6 +69,15 @@ def load(what: str, path: str, device="", train=False, **settings):
     except Exception as e:  # broken files, no network, unknown architectures ...
         why = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
         raise ValueError(f"{what} {path}: no model, or not on this --device: {why}") from None
+
+
+def two_at_a_time(model, f, parts):
+    """Each part and f(part), in order; of a tiny model on a CPU ahead of that, in two threads."""
+    tiny = model.num_parameters() < TINY and model.device.type == "cpu"
+    if not tiny or torch.is_autocast_enabled("cpu"):  # which, like no_grad, is of one thread only
+        return zip(parts, map(f, parts))
+    pool = ThreadPoolExecutor(2, "", torch.set_grad_enabled, [torch.is_grad_enabled()])
+    return zip(parts, pool.map(f, parts))
 
 
 def batches(sizes: list, budget: int, longest=float("inf"), n: int = 1) -> list:
@@ -148,21 +160,16 @@ def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens
     scores = {row: np.zeros(0) for row in rows}
     batch_tokens = batch_tokens or (65_536 if model.device.type == "cuda" else 4096)
     unique = sorted({row for row in rows if row[1]}, key=lambda row: (len(row[0] + row[1]), row))
-    for part in batches([len(before + answer) for before, answer in unique], batch_tokens):
+    def score(part):
         befores, answers = zip(*(unique[i] for i in part))
         ids, lengths = grpo.pad(answers, model.device)
-        logp = grpo.token_logprobs(model, befores, ids, lengths).double().cpu().numpy()
+        return grpo.token_logprobs(model, befores, ids, lengths).double().cpu().numpy()
+    parts = batches([len(before + answer) for before, answer in unique], batch_tokens)
+    for part, logp in two_at_a_time(model, score, parts):
         if not np.isfinite(logp).all():
             raise FloatingPointError("log-probabilities are not finite (precision?)")
-        scores.update((unique[i], values[:n]) for i, values, n in zip(part, logp, lengths))
+        scores.update((unique[i], values[: len(unique[i][1])]) for i, values in zip(part, logp))
     return [scores[row] for row in rows]
-
-
-class Reply(NamedTuple):
-    """A text, None if prompt and answer do not fit; whether it had a stop token; its tokens."""
-    response: str | None = None
-    stopped: bool | None = None
-    tokens: int | None = None
 
 
 class LocalModel:
@@ -188,10 +195,12 @@ class LocalModel:
         sizes = [len(row) + max_new_tokens for row in prompt_ids]
         ids = torch.zeros(len(sizes), n, max_new_tokens, dtype=int, device=self.model.device)
         lengths, settings = torch.zeros_like(ids[:, :, 0]), self.sampling | settings
-        for b, part in enumerate(batches(sizes, self.batch_tokens, self.context, n)):
-            noise = torch.Generator(ids.device).manual_seed((seed * 1_000_003 + b) % 2**63)
-            y, of = grpo.sample(self.model, [prompt_ids[i] for i in part], n, generator=noise,
-                                max_new_tokens=max_new_tokens, **settings)
+        parts = [*enumerate(batches(sizes, self.batch_tokens, self.context, n))]
+        def answer(part):
+            noise = torch.Generator(ids.device).manual_seed((seed * 1_000_003 + part[0]) % 2**63)
+            return grpo.sample(self.model, [prompt_ids[i] for i in part[1]], n, generator=noise,
+                               max_new_tokens=max_new_tokens, **settings)
+        for (_, part), (y, of) in two_at_a_time(self.model, answer, parts):
             ids[part, :, : y.shape[1]], lengths[part] = y.view(len(part), n, -1), of.view(-1, n)
         return ids.flatten(0, 1), lengths.flatten()
 

@@ -19,8 +19,6 @@ from plumbing.files import (
 from plumbing.models import LocalModel, chat_ids, load, text_model, without_stop
 from plumbing.prompts import draw_prompts, read_prompts
 
-MEASURES = ("facts", "accuracy", "rubric")  # held-out scores that say which model is best
-
 
 def newest(pattern: str) -> str:
     """The folder of the newest file of that pattern in runs/."""
@@ -145,7 +143,7 @@ def metrics_of(run, G, ids, lengths, rewards, counted, advantages, told: dict, u
 
 def best_step(o, rows: list) -> int:
     """With --keep best the first step after 0 that has the best held-out score; 0 if none has."""
-    scores = {row["step"]: [row["held_out"].get(name) or 0 for name in MEASURES]
+    scores = {row["step"]: [row["held_out"].get(m) or 0 for m in ("facts", "accuracy", "rubric")]
               for row in rows[1:] if "held_out" in row and o.keep == "best"}
     return max(scores, key=scores.get, default=0)
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -253,6 +254,45 @@ def test_gradient_does_not_depend_on_micro_batches(run_in_process):
         for a, b in zip(whole, parts):
             torch.testing.assert_close(a, b, atol=2e-6, rtol=1e-4)
         assert stats_of_parts == pytest.approx(stats, rel=1e-4, abs=1e-7)
+
+
+def test_two_at_a_time_is_one_after_the_other_to_the_bit(run_in_process, monkeypatch):
+    """Gradient, log-probabilities and draws of a tiny model, whose batches are computed in two threads."""
+    run, results, threads = run_in_process, [], []
+    for name in ("token_logprobs", "sample"):
+        real = getattr(grpo, name)
+        monkeypatch.setattr(grpo, name, lambda *args, real=real, **settings: threads.append(threading.current_thread()) or real(*args, **settings))
+    actor = models.LocalModel(run.policy, run.tokenizer, batch_tokens=120)
+    prompts = [row["prompt"] for row in run.rows[:4]]
+    for tiny in (0, 2e6):
+        monkeypatch.setattr(models, "TINY", tiny)
+        threads.clear()
+        gradient, stats = step_of(run, micro_batch=2, max_grad_norm=0)
+        scored = models.answer_logprobs(*run.verifier, prompts, [[9, 10, 11], [12], [13, 14], [15, 16]], batch_tokens=40)
+        ids, lengths = actor.sample([models.chat_ids(run.tokenizer, p) for p in prompts], 2, max_new_tokens=20, seed=1)
+        results.append([*gradient, *map(torch.from_numpy, scored), ids, lengths, torch.tensor(list(stats.values()))])
+        others = {thread for thread in threads if thread is not threading.main_thread()}
+        assert len(others) >= 3 if tiny else not others  # some of each of the three pools
+        assert len(threads) > 8
+    assert all(map(torch.equal, *results))
+
+
+def test_two_at_a_time_keeps_the_order_and_says_what_went_wrong():
+    model, seen = torch.nn.Linear(2, 2), []
+    model.num_parameters, model.device = lambda: 6, torch.device("cpu")
+
+    def slow(part):
+        time.sleep(0.05 * (part == 1))
+        if part == 3:
+            raise FloatingPointError("blown up")
+        return part, torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    with pytest.raises(FloatingPointError, match="blown up"), torch.no_grad():
+        for part, found in models.two_at_a_time(model, slow, [1, 2, 3, 4]):
+            seen.append((part, found))
+    assert seen == [(1, (1, False, False)), (2, (2, False, False))]
+    assert [*models.two_at_a_time(model, slow, [2, 1])] == [(2, (2, True, False)), (1, (1, True, False))]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert [*models.two_at_a_time(model, slow, [1])] == [(1, (1, True, True))]
 
 
 def test_rent_and_reverse_kl_are_their_definitions():

@@ -18,7 +18,7 @@ from plumbing.prompts import messages_of
 
 TEXT_NAMES = {r"^language_model\.lm_head": "lm_head",  # of multimodal checkpoints, old and new
               r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
-TINY = 2e6  # parameters; in one thread: with more of PyTorch's all wait when others compute too
+TINY = 2e6  # parameters; below it one thread of PyTorch: several all wait if one core is busy
 # A text, None if prompt and answer do not fit; whether it had a stop token; its number of tokens
 Reply = namedtuple("Reply", "response stopped tokens", defaults=(None, None, None))
 load_tokenizer = AutoTokenizer.from_pretrained  # from a folder, or by its name on the hub
@@ -72,12 +72,12 @@ def load(what: str, path: str, device="", train=False, **settings):
 
 
 def two_at_a_time(model, f, parts):
-    """Each part and f(part), in order; of a tiny model on a CPU ahead of that, in two threads."""
+    """Pairs (part, f(part)), in order; a tiny model on a CPU works ahead, in two threads."""
     tiny = model.num_parameters() < TINY and model.device.type == "cpu"
-    if not tiny or torch.is_autocast_enabled("cpu"):  # which, like no_grad, is of one thread only
+    if not tiny or torch.is_autocast_enabled("cpu"):  # a new thread would compute without
         return zip(parts, map(f, parts))
     pool = ThreadPoolExecutor(2, "", torch.set_grad_enabled, [torch.is_grad_enabled()])
-    return zip(parts, pool.map(f, parts))
+    return zip(parts, (y for i in range(0, len(parts), 4) for y in pool.map(f, parts[i : i + 4])))
 
 
 def batches(sizes: list, budget: int, longest=float("inf"), n: int = 1) -> list:

@@ -142,7 +142,7 @@ def metrics_of(run, G, ids, lengths, rewards, counted, advantages, told: dict, u
 
 
 def best_step(o, rows: list) -> int:
-    """With --keep best the first step after 0 that has the best held-out score; 0 if none has."""
+    """--keep best: the first step after 0 with the best held-out scores, facts first; or 0."""
     scores = {row["step"]: [row["held_out"].get(m) or 0 for m in ("facts", "accuracy", "rubric")]
               for row in rows[1:] if "held_out" in row and o.keep == "best"}
     return max(scores, key=scores.get, default=0)

@@ -1,5 +1,6 @@
 """train.py as a user meets it: whole runs on the toy, killed runs, bad input. Children are forked, so that torch is imported once."""
 import dataclasses
+import functools
 import gc
 import json
 import os
@@ -256,9 +257,12 @@ def test_gradient_does_not_depend_on_micro_batches(run_in_process):
         assert stats_of_parts == pytest.approx(stats, rel=1e-4, abs=1e-7)
 
 
-def test_two_at_a_time_is_one_after_the_other_to_the_bit(run_in_process, monkeypatch):
-    """Gradient, log-probabilities and draws of a tiny model, whose batches are computed in two threads."""
+@pytest.mark.parametrize("bf16", [False, True])
+def test_two_at_a_time_is_one_after_the_other_to_the_bit(run_in_process, monkeypatch, bf16):
+    """Gradient, log-probabilities and draws of a tiny model, whose batches are computed in two threads; autocast's cache of weights is all threads'."""
     run, results, threads = run_in_process, [], []
+    monkeypatch.setattr(run, "autocast", functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16))
+    monkeypatch.setattr(train, "TINY", 2e6)  # in the serial run too: with the cache a gradient is rounded otherwise
     for name in ("token_logprobs", "sample"):
         real = getattr(grpo, name)
         monkeypatch.setattr(grpo, name, lambda *args, real=real, **settings: threads.append(threading.current_thread()) or real(*args, **settings))
@@ -270,6 +274,9 @@ def test_two_at_a_time_is_one_after_the_other_to_the_bit(run_in_process, monkeyp
         gradient, stats = step_of(run, micro_batch=2, max_grad_norm=0)
         scored = models.answer_logprobs(*run.verifier, prompts, [[9, 10, 11], [12], [13, 14], [15, 16]], batch_tokens=40)
         ids, lengths = actor.sample([models.chat_ids(run.tokenizer, p) for p in prompts], 2, max_new_tokens=20, seed=1)
+        for _ in range(4 * bf16):
+            again, _ = step_of(run, micro_batch=2, max_grad_norm=0)
+            assert all(map(torch.equal, gradient, again))
         results.append([*gradient, *map(torch.from_numpy, scored), ids, lengths, torch.tensor(list(stats.values()))])
         others = {thread for thread in threads if thread is not threading.main_thread()}
         assert len(others) >= 3 if tiny else not others  # some of each of the three pools

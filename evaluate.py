@@ -227,7 +227,7 @@ def compare(known: dict, x: str, y: str, n: int) -> dict:
 def make_report(rows: list, responses: dict, judges: dict) -> dict:
     """All that can be said.  responses: {model: n Reply}; judges: {name: {task: WORTH}}.  Of a pair
     the later model is over the earlier; HealthBench clips the mean at 0, not the examples."""
-    means, differences, compared, agreed, values = [], [], [], [], {}
+    means, differences, pairs, agreed, values = [], [], [], [], {}
     for x, replies in responses.items():
         values[x] = values_of(rows, replies)
         for name, known in judges.items():
@@ -242,13 +242,12 @@ def make_report(rows: list, responses: dict, judges: dict) -> dict:
             differences.append(of | estimate(d) | {"p": sign_permutation(d)})
         for name, known in judges.items():
             found, of = compare(known, x, y, len(rows)), {"pair": f"{x}:{y}", "judge": name}
-            compared += [of | found] if found else []
+            pairs += [of | found] if found else []
     for a, b in combinations(judges, 2):
         both = [[judges[name][task] if task[1][0] == min(task[1]) else 1 - judges[name][task]
                  for name in (a, b)] for task in judges[a] if task in judges[b]]
         agreed += [{"judges": f"{a}:{b}"} | agreement(*zip(*both))] if both else []
-    parts = {"means": means, "differences": differences, "pairs": compared, "agreement": agreed}
-    return finite(parts)
+    return finite({"means": means, "differences": differences, "pairs": pairs, "agreement": agreed})
 
 
 def markdown(report: dict) -> str:

@@ -72,12 +72,13 @@ def load(what: str, path: str, device="", train=False, **settings):
 
 
 def two_at_a_time(model, f, parts):
-    """Pairs (part, f(part)), in order; a tiny model on a CPU works ahead, in two threads."""
+    """Pairs (part, f(part)), in order; a tiny model on a CPU is up to 4 ahead, in two threads."""
     tiny = model.num_parameters() < TINY and model.device.type == "cpu"
     if not tiny or torch.is_autocast_enabled("cpu"):  # a new thread would compute without
         return zip(parts, map(f, parts))
-    pool = ThreadPoolExecutor(2, "", torch.set_grad_enabled, [torch.is_grad_enabled()])
-    return zip(parts, (y for i in range(0, len(parts), 4) for y in pool.map(f, parts[i : i + 4])))
+    grad = torch.is_grad_enabled()
+    pool = lambda: ThreadPoolExecutor(2, "", torch.set_grad_enabled, [grad])  # ends with its work
+    return zip(parts, (y for i in range(0, len(parts), 4) for y in pool().map(f, parts[i : i + 4])))
 
 
 def batches(sizes: list, budget: int, longest=float("inf"), n: int = 1) -> list:

@@ -24,7 +24,7 @@ import grpo
 from evaluate import held_out
 from plumbing import TOY, ask_to_stop, one_clear_line, option, progress
 from plumbing.files import append_line
-from plumbing.models import TINY, chat_ids, end_of_turn, two_at_a_time
+from plumbing.models import chat_ids, end_of_turn, two_at_a_time
 from plumbing.prompts import question_text
 from plumbing.run import begin, finish, metrics_of, numbers, prepare, record, train_options
 
@@ -180,7 +180,7 @@ def step_rewards(run, rows: list, prompt_ids, ids, lengths, seed: int):
 def micro_batches(run, model, prompt_ids, ids, lengths, entropy: bool):
     """For each micro-batch, of like length: its rows' numbers, and their `token_logprobs`."""
     def read(part):
-        with run.autocast(cache_enabled=model.num_parameters() >= TINY):  # all threads share it
+        with run.autocast():
             batch, o = ([prompt_ids[i] for i in part], ids[part], lengths[part]), run.options
             return grpo.token_logprobs(model, *batch, temperature=o.temperature, entropy=entropy)
     return two_at_a_time(model, read, lengths.argsort(stable=True).split(run.options.micro_batch))

@@ -76,9 +76,10 @@ def two_at_a_time(model, f, parts):
     tiny = model.num_parameters() < TINY and model.device.type == "cpu"
     if not tiny or torch.is_autocast_enabled("cpu"):  # a new thread would compute without
         return zip(parts, map(f, parts))
-    grad = torch.is_grad_enabled()
-    pool = lambda: ThreadPoolExecutor(2, "", torch.set_grad_enabled, [grad])  # ends with its work
-    return zip(parts, (y for i in range(0, len(parts), 4) for y in pool().map(f, parts[i : i + 4])))
+    def begin(grad=torch.is_grad_enabled()):  # a thread's own; autocast's cache would be shared
+        torch.set_grad_enabled(grad), torch.set_autocast_cache_enabled(False)
+    return zip(parts, (found for i in range(0, len(parts), 4) for found in
+                       ThreadPoolExecutor(2, "", begin).map(f, parts[i : i + 4])))
 
 
 def batches(sizes: list, budget: int, longest=float("inf"), n: int = 1) -> list:
@@ -159,14 +160,13 @@ def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens
             raise ValueError(f"answer of {len(answer)}, context of {context}: lower max_new_tokens")
         rows.append((tuple(before[:1] + before[1 + excess :]), tuple(answer)))
     scores = {row: np.zeros(0) for row in rows}
-    batch_tokens = batch_tokens or (65_536 if model.device.type == "cuda" else 4096)
+    most = batch_tokens or (65_536 if model.device.type == "cuda" else 4096)
     unique = sorted({row for row in rows if row[1]}, key=lambda row: (len(row[0] + row[1]), row))
     def score(part):
         befores, answers = zip(*(unique[i] for i in part))
         ids, lengths = grpo.pad(answers, model.device)
         return grpo.token_logprobs(model, befores, ids, lengths).double().cpu().numpy()
-    parts = batches([len(before + answer) for before, answer in unique], batch_tokens)
-    for part, logp in two_at_a_time(model, score, parts):
+    for part, logp in two_at_a_time(model, score, batches([len(x + y) for x, y in unique], most)):
         if not np.isfinite(logp).all():
             raise FloatingPointError("log-probabilities are not finite (precision?)")
         scores.update((unique[i], values[: len(unique[i][1])]) for i, values in zip(part, logp))

@@ -262,7 +262,6 @@ def test_two_at_a_time_is_one_after_the_other_to_the_bit(run_in_process, monkeyp
     """Gradient, log-probabilities and draws of a tiny model, whose batches are computed in two threads; autocast's cache of weights is all threads'."""
     run, results, threads = run_in_process, [], []
     monkeypatch.setattr(run, "autocast", functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16))
-    monkeypatch.setattr(train, "TINY", 2e6)  # in the serial run too: with the cache a gradient is rounded otherwise
     for name in ("token_logprobs", "sample"):
         real = getattr(grpo, name)
         monkeypatch.setattr(grpo, name, lambda *args, real=real, **settings: threads.append(threading.current_thread()) or real(*args, **settings))
@@ -270,6 +269,7 @@ def test_two_at_a_time_is_one_after_the_other_to_the_bit(run_in_process, monkeyp
     prompts = [row["prompt"] for row in run.rows[:4]]
     for tiny in (0, 2e6):
         monkeypatch.setattr(models, "TINY", tiny)
+        torch.set_autocast_cache_enabled(False)  # in the serial run too: with the cache a gradient is rounded otherwise
         threads.clear()
         gradient, stats = step_of(run, micro_batch=2, max_grad_norm=0)
         scored = models.answer_logprobs(*run.verifier, prompts, [[9, 10, 11], [12], [13, 14], [15, 16]], batch_tokens=40)
@@ -281,6 +281,7 @@ def test_two_at_a_time_is_one_after_the_other_to_the_bit(run_in_process, monkeyp
         others = {thread for thread in threads if thread is not threading.main_thread()}
         assert len(others) >= 3 if tiny else not others  # some of each of the three pools
         assert len(threads) > 8
+    torch.set_autocast_cache_enabled(True)
     assert all(map(torch.equal, *results))
 
 

@@ -685,7 +685,8 @@ def test_prompts_are_split_into_batches(batch_tokens, sizes, monkeypatch):
         ids, lengths = models.LocalModel(model, None, batch_tokens=batch_tokens).sample(PROMPTS, 2, max_new_tokens=10, temperature=0)
     finally:
         hook.remove()
-    assert batches == sizes and ids.shape == (10, 10) and [y[:n] for y, n in zip(ids.tolist(), lengths.tolist())] == want
+    assert sorted(batches) == sorted(sizes)                                                                # in threads: in any order
+    assert ids.shape == (10, 10) and [y[:n] for y, n in zip(ids.tolist(), lengths.tolist())] == want
 
 
 def test_rows_leave_as_soon_as_they_are_an_eighth(monkeypatch):

@@ -45,6 +45,6 @@ def main(group: int):
 
 if __name__ == "__main__":
     main(int(sys.argv[2]))
-    if torch.distributed.is_initialized():                                     # or gloo's threads may end one process while the other still talks to it
+    if torch.distributed.is_initialized():
         torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+        os._exit(0)                                    # gloo's threads now and then abort a process that has done its work as it ends ("terminate called ...")

@@ -58,8 +58,9 @@ def block(tag: str, text: str, number=None) -> str:
     """Untrusted text between our tags.  Inside, a tag of ours and what ends a turn ("<|im_end|>")
     lose their "<": "a < b </response>" -> "<response>\\na < b &lt;/response>\\n</response>"."""
     ours, gap = "(response|reference|question|criterion|rubric)", r"[\s\u200b-\u200f\u2060\ufeff]*"
-    ends = rf"{gap}/{gap}{ours}\b|{ours}[\s>]|[|｜]\S{{1,40}}[|｜]>|/s>|[be]os>|pad>|\w+_of_turn>"
-    inside = re.sub(f"<(?={ends})", "&lt;", text, flags=re.I)
+    ends = rf"[|｜]\S{{1,40}}>|\w{{1,40}}[|｜]>|/s>|[be]os>|pad>|\w+_of_\w+>"  # of many families
+    inside = re.sub(rf"<(?={gap}/{gap}{ours}\b|{ours}[\s>]|{ends})", "&lt;", text, flags=re.I)
+    inside = re.sub(r"\[(?=/?INST\])", "&#91;", inside)
     numbered = "" if number is None else f' number="{number}"'
     return f"<{tag}{numbered}>\n{inside}\n</{tag}>"
 

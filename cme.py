@@ -61,6 +61,8 @@ def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: li
     rewards, mask = np.zeros(ids.shape, np.float32), np.zeros(ids.shape, bool)
     for i, ((text, target), (_, source)) in enumerate(zip(generated, read)):
         N, T = len(source), len(target)
+        if np.isnan(scored[i]).any():  # beyond the verifier's context
+            continue
         rewards[i, :T], mask[i, :T] = aligned_rewards(scored[i][:N], source, text, target, credit)
         last = slice(T, T + len(scored[i]) - N)  # the stop that is scored, or nothing
         rewards[i, last], mask[i, last] = scored[i][N:], True

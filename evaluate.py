@@ -204,11 +204,10 @@ def judge(o: Options, name: str, tasks: dict):
     for n in progress(range(0, len(asks), PART), desc=f"{name}, {PART} at a time"):
         part = asks[n : n + PART]
         verdicts = cat.decide(part, model, read=read, max_new_tokens=o.judge_tokens)
-        for asked, verdict in zip(part, verdicts):
+        for asked, verdict in [pair for pair in zip(part, verdicts) if pair[1] is not None]:
             said = verdict if isinstance(verdict, dict) else {"verdict": verdict}
             row = dict(zip(("index", "shown", "criterion"), todo[asked]), judge=who, ask=asked)
-            if verdict is not None:
-                append_line(path, row | said)
+            append_line(path, row | said)
         missing += verdicts.count(None)
     if missing:
         print(f"evaluate.py: {missing} verdicts of --judge {name} could not be had; the same "
@@ -284,11 +283,11 @@ def respond(o: Options, name: str, rows: list):
     estimator, where = ESTIMATOR.fullmatch(o.models[name]).groups("")
     model = LocalModel(*load(f"--models {name}", where, o.device), batch_tokens=o.batch_tokens)
     saved["models"] = read_json(file).get("models", {}) | {name: o.models[name]}
-    write_atomically(file, json.dumps(saved))
-    os.makedirs(os.path.dirname(path), exist_ok=True)
     for i in progress(range(len(done), len(rows), PART), desc=name):
         replies = answers(model, estimator[:-1], rows[i : i + PART], o, 2 * (o.seed + i))
         done += [reply._asdict() for reply in replies]
+        write_atomically(file, json.dumps(saved))  # the first: from now on the folder is ours
+        write_lines(f"{o.output_dir}/prompts.jsonl", rows)
         write_lines(path, done)
 
 
@@ -312,13 +311,11 @@ def report(o: Options, rows: list, responses: dict, tasks: dict):
 
 def main():
     stages = [sys.argv.pop(1)] if sys.argv[1:2] and sys.argv[1] in STAGES else STAGES
-    o = read_options("respond" in stages)
-    path = f"{o.output_dir}/prompts.jsonl"
-    if not os.path.exists(f"{o.output_dir}/evaluation.json"):
-        rows = read_prompts(o.prompts)
-        os.makedirs(f"{o.output_dir}/judges", exist_ok=True)
-        write_lines(path, rows)
-    rows, responses = read_prompts(path), {}
+    o, responses = read_options("respond" in stages), {}
+    there = os.listdir(o.output_dir) if os.path.isdir(o.output_dir) else []
+    if {*there} - {"evaluation.json.tmp"} and "evaluation.json" not in there:
+        raise ValueError(f"--output_dir {o.output_dir} is in use; give another one")
+    rows = read_prompts(f"{o.output_dir}/prompts.jsonl" if "prompts.jsonl" in there else o.prompts)
     for name in o.models:
         if "respond" in stages:
             respond(o, name, rows)

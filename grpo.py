@@ -48,7 +48,7 @@ def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torc
     top_k (ties with the k-th stay), then top_p, on the tempered distribution: the smallest set of
     most probable tokens whose mass reaches top_p; of (.5, .3, .2), .8 keeps two, .4 one.
     FloatingPointError: NaN or +inf (-inf forbids a token).  ValueError: settings out of range."""
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: out of range")
     if not logits.max(-1).values.isfinite().all():
         raise FloatingPointError("the model's logits are not finite: its weights have blown up")
@@ -91,8 +91,8 @@ def prefill(model, prompt_ids: list, prompt_of: torch.Tensor):
     saved = sum(map(len, prompt_ids)) - sum(map(len, heads + tails))
     config = model.config.get_text_config()
     kinds = {*(getattr(config, "layer_types", 0) or ()), getattr(config, "sliding_window", None)}
-    if saved < 1000 or kinds - {"full_attention", None}:  # a window must not count padding
-        heads, head_of, tails = [[]], [0] * len(prompt_ids), prompt_ids
+    if saved < 1000 or kinds - {"full_attention", None} or config.model_type in ("gpt_neo", "mpt"):
+        heads, head_of, tails = [[]], [0] * len(prompt_ids), prompt_ids  # they count padding
     attend, cache = torch.zeros(len(heads), 0, dtype=int, device=model.device), None
     for rows, of in ((heads, head_of), (tails, prompt_of)):
         ids, lengths = pad([row[::-1] for row in rows], model.device)
@@ -215,8 +215,8 @@ def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, en
     if type(head) is torch.nn.Linear and chunk < len(head.weight):  # an adapter's is used whole
         parts = [*zip(*(x.split(chunk) for x in (head.weight, head.bias) if x is not None))]
     def score(first, *part):
-        logits = model_logits(model, hidden, *part)  # [K, chunk]
-        logits = logits if temperature == 1 else logits / temperature
+        logits = model_logits(model, hidden, *part).clamp_(-1e30 if part else -torch.inf)
+        logits = logits if temperature == 1 else logits / temperature  # [K, chunk], not all -inf
         logp = logits.log_softmax(-1)  # given the part: log p(y) = log p(part) + log p(y | part)
         found = logp.gather(-1, (target - first).clamp(0, logp.shape[1] - 1)[:, None])[:, 0]
         top = logits.argmax(-1, keepdim=True)  # any would do, but for forbidden ones (-inf)

@@ -24,7 +24,7 @@ import grpo
 from evaluate import held_out
 from plumbing import TOY, ask_to_stop, one_clear_line, option, progress
 from plumbing.files import append_line
-from plumbing.models import chat_ids, end_of_turn, two_at_a_time
+from plumbing.models import chat_ids, end_of_turn, plain_ids, two_at_a_time
 from plumbing.prompts import question_text
 from plumbing.run import begin, finish, metrics_of, numbers, prepare, record, train_options
 
@@ -116,7 +116,7 @@ def rollout(run, rows: list, step: int):
     o, tokenizer = run.options, run.tokenizer
     prompt_ids = [chat_ids(tokenizer, row["prompt"]) for row in rows]
     if o.reward == "cat-sft":
-        y = tokenizer([row["output"] for row in rows], add_special_tokens=False).input_ids
+        y = plain_ids(tokenizer, [row["output"] for row in rows])
         return prompt_ids, *grpo.pad([s + [end_of_turn(tokenizer)] for s in y], run.device)
     with run.autocast():
         ids, lengths = run.actor.sample(
@@ -162,7 +162,7 @@ def step_rewards(run, rows: list, prompt_ids, ids, lengths, seed: int):
     texts, _ = run.actor.texts(ids, lengths)
     if o.reward in ("cme-sequence", "reverse-kl"):
         rewards = cme.sequence_rewards(*run.verifier, prompts, texts).to(ids.device)
-        if o.reward == "reverse-kl":  # mean log p_V - mean log pi
+        if o.reward == "reverse-kl":  # mean log p_V - mean log pi (with the stop)
             rewards = rewards - logprobs(run, run.policy, *batch).sum(1) / lengths
     elif o.reward == "cat-sft":  # only to be seen
         rewards = logprobs(run, run.policy, *batch).sum(1) / lengths
@@ -207,7 +207,7 @@ def update(run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, advanta
         loss.backward()
         for name, value in (stats | {"entropy": entropy.sum() / mask.sum()}).items():
             totals[name] = totals.get(name, 0) + value
-    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.max_grad_norm or math.inf)
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), max(o.max_grad_norm, 0) or 1e99)
     totals = {name: float(value) for name, value in (totals | {"grad_norm": norm}).items()}
     totals["skipped"] = int(not math.isfinite(totals["loss"] + totals["grad_norm"]))
     if not totals["skipped"]:
@@ -273,7 +273,7 @@ def train(run) -> dict:
         in_reward, old_logp = o.beta and o.kl_in == "reward", None  # None: of the policy as it is
         if in_reward or o.updates_per_rollout > 1:
             old_logp = logprobs(run, run.policy, *batch)
-        if o.reward == "cat-sft":  # Eq. 12: with advantage 1 the gradient is that of log pi(s | x)
+        if o.reward == "cat-sft":  # Eq. 12: advantage 1 has the gradient of log pi(s | x) / |s|
             advantages = torch.ones_like(rewards)
         elif rewards.dim() == 2:
             advantages = grpo.position_advantages(rewards, counted, G, scale=o.scale,
@@ -308,7 +308,7 @@ def main():
     print(f"before: {numbers(before)}\n after: {numbers(after)}\n{result['steps']} steps in "
           f"{seconds:.0f} s ({shares}), {result['tokens'] / seconds:.0f} tokens/s, "
           f"{result['peak_memory_mb']} MB at most: {result['model']}")
-    gain = {name: after[name] - before[name] for name in ("trained", "watch") if name in after}
+    gain = {k: after[k] - v for k, v in before.items() if None not in (v, after.get(k))}
     if gain.get("watch", 0) < 0 < gain.get("trained", 0):
         print("--verifier likes answers better, --watch_verifier less: exploited", file=sys.stderr)
 

@@ -24,6 +24,7 @@ def one_clear_line(main, script: str, again: str = "the same command continues")
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our line says it all
     model_logging.set_verbosity_error()
     model_logging.disable_progress_bar()
+    sys.stdout.reconfigure(errors="replace")  # where a terminal has no UTF-8
     try:
         return main()
     except (FloatingPointError, ConnectionError, torch.OutOfMemoryError) as e:

@@ -9,7 +9,8 @@ import torch
 
 
 def write_atomically(path: str, text: str):
-    """Writes a file whole or not at all: a temporary file beside it, then a rename."""
+    """Writes a file, and its folder, whole or not at all: a temporary file, then a rename."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path + ".tmp").write_text(text, encoding="utf-8")
     os.replace(path + ".tmp", path)
 
@@ -40,7 +41,7 @@ def parse_json(where: str, text: str):
     """What the text says.  ValueError in one line that says where it is not JSON."""
     try:
         return json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{where}: not valid JSON ({str(e)[:99]}); mend or remove it") from None
 
 
@@ -66,6 +67,5 @@ def save_checkpoint(folder, step: int, model, tokenizer, state: dict, best: int 
         raise OSError(f"{final}.tmp cannot be written: {e}") from None
     shutil.rmtree(final, ignore_errors=True)  # one that could not be read
     os.rename(final + ".tmp", final)
-    for other in checkpoints(folder)[:-2]:
-        if int(other[-6:]) != best:
-            shutil.rmtree(other, ignore_errors=True)
+    for other in [path for path in checkpoints(folder)[:-2] if int(path[-6:]) != best]:
+        shutil.rmtree(other, ignore_errors=True)

@@ -4,6 +4,7 @@ A text model has complete(prompts, *, n, max_new_tokens, temperature, seed) -> P
 None where there was none to have (last_error: why); a local one, logprob(prompts, texts) -> [B]."""
 
 import math
+import re
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 
@@ -55,6 +56,7 @@ def load_model(path: str, *, train: bool, device="", bf16=False):
     with torch.no_grad():
         own = model(input_ids=ids).logits.float()
         ours = grpo.model_logits(model, model.base_model(input_ids=ids).last_hidden_state)
+        grpo.token_logprobs(model, [[0, 0], [0]], ids[:, :2].expand(2, 2), ids[0, [2, 2]])
     near_zero = tolerance * own.abs().nanmedian().nan_to_num().item()  # the largest may be -inf
     if not torch.allclose(own, ours, rtol=tolerance, atol=near_zero, equal_nan=True):
         raise ValueError(f"{type(model).__name__} changes its logits: teach grpo.model_logits how")
@@ -151,17 +153,15 @@ def plain_ids(tokenizer, texts: list) -> list:
 def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens: int = 0):
     """log p(v_j | x, v_<j) of B answers (lists of ids) to B prompts -> B arrays [N], nats.
     Batches of like length hold at most `batch_tokens` (0: 4,096, on CUDA 65,536); equal rows are
-    scored once.  A prompt too long for the context loses its oldest tokens, all but the first."""
+    scored once.  What exceeds the context: a prompt's oldest tokens go (not the first), or NaN."""
     context, rows = getattr(model.config, "max_position_embeddings", None) or math.inf, []
     for prompt, answer in zip(prompts, answers, strict=True):
-        before = chat_ids(tokenizer, prompt)
-        excess = max(0, len(before) + len(answer) - context)
-        if excess >= len(before):
-            raise ValueError(f"answer of {len(answer)}, context of {context}: lower max_new_tokens")
-        rows.append((tuple(before[:1] + before[1 + excess :]), tuple(answer)))
-    scores = {row: np.zeros(0) for row in rows}
+        before = tuple(chat_ids(tokenizer, prompt))
+        over = max(0, len(before) + len(answer) - context)
+        rows.append((before[:1] + before[1 + over :] if over < len(before) else (), tuple(answer)))
+    scores = {row: np.full(0 if row[0] else len(row[1]), np.nan) for row in rows}
     most = batch_tokens or (65_536 if model.device.type == "cuda" else 4096)
-    unique = sorted({row for row in rows if row[1]}, key=lambda row: (len(row[0] + row[1]), row))
+    unique = sorted({row for row in rows if all(row)}, key=lambda row: (len(row[0] + row[1]), row))
     def score(part):
         befores, answers = zip(*(unique[i] for i in part))
         ids, lengths = grpo.pad(answers, model.device)
@@ -195,7 +195,7 @@ class LocalModel:
         """`grpo.sample` in batches of like length -> ids [P * n, T], lengths; 0: prompt too long"""
         sizes = [len(row) + max_new_tokens for row in prompt_ids]
         ids = torch.zeros(len(sizes), n, max_new_tokens, dtype=int, device=self.model.device)
-        lengths, settings = torch.zeros_like(ids[:, :, 0]), self.sampling | settings
+        lengths, settings = ids.new_zeros(len(sizes), n), self.sampling | settings
         parts = [*enumerate(batches(sizes, self.batch_tokens, self.context, n))]
         def answer(part):
             noise = torch.Generator(ids.device).manual_seed((seed * 1_000_003 + part[0]) % 2**63)
@@ -207,9 +207,8 @@ class LocalModel:
 
     def replies(self, prompts, *, n=1, **settings) -> list:
         """n answers to each of P prompts -> P lists of n Reply.  settings: those of `sample`."""
-        y, lengths = self.sample([chat_ids(self.tokenizer, x) for x in prompts], n, **settings)
-        found = zip(*self.texts(y, lengths), lengths.tolist())
-        found = [Reply(*reply) if reply[2] else Reply() for reply in found]
+        y, of = self.sample([chat_ids(self.tokenizer, x) for x in prompts], n, **settings)
+        found = [Reply(*r) if r[2] else Reply() for r in zip(*self.texts(y, of), of.tolist())]
         return [found[i : i + n] for i in range(0, len(found), n)]
 
     def logprob(self, prompts: list, texts: list) -> torch.Tensor:
@@ -222,12 +221,11 @@ class LocalModel:
 class Endpoint:
     """A text model behind an OpenAI-compatible server (`openai` package), a request an answer."""
     def __init__(self, model: str, url: str, *, key=None, concurrency=8, timeout=60.0, retries=4):
-        import openai
+        from openai import OpenAI
         self.model, self.name, self.concurrency = model, f"{model} at {url}", concurrency
         self.last_error, self.failures, self.newer = "", 0, False
         self.key = (key or "no-key").strip()  # a saved Hugging Face token stays at home
-        settings = {"timeout": timeout, "max_retries": retries}
-        self.client = openai.OpenAI(base_url=url, api_key=self.key, **settings)
+        self.client = OpenAI(base_url=url, api_key=self.key, timeout=timeout, max_retries=retries)
 
     def complete(self, prompts, *, n=1, max_new_tokens: int, temperature=1.0, seed=0) -> list:
         each, pool = [p for p in prompts for _ in range(n)], ThreadPoolExecutor(self.concurrency)
@@ -262,7 +260,7 @@ def text_model(what: str, name: str, device="", *, key=None, **settings):
     """A text model by its name: a folder, a hub name, or MODEL@URL.  Errors start with `what`."""
     if "@http" in name:
         model, _, url = name.rpartition("@http")
-        if "?" in url or "@" in url:
-            raise ValueError(f"{what} {model}@...: a key does not go into the URL")
+        if re.search(r"[?@]|//[^/\[]*:(?!\d+(/|$))", url):  # of the last: a port
+            raise ValueError(f"{what} {model}@...: a key does not go into the URL; a port: digits")
         return Endpoint(model, "http" + url, key=key)
     return LocalModel(*load(what, name, device), **settings)

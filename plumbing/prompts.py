@@ -74,14 +74,14 @@ def check_row(where: str, row) -> dict:
     text = {k: None if row.get(k) is None else str(row[k]) for k in ("answer", "output", "kind")}
     try:  # to use each in turn; if that fails, `what` says what is wrong
         what = 'needs a `prompt` (instruction, problem), not empty: string or [{"role", "content"}]'
-        if not "".join(m["content"] for m in messages_of(prompt) if m["role"]).strip():
+        if not "".join(m["content"] for m in messages_of(prompt) if "" + m["role"]).strip():
             raise ValueError
         what = 'not UTF-8; or `facts` are not {"right": string, "wrong": [strings]}, `rubrics` not \
 {"criterion": string, "points": number}, or `pattern` is no regular expression'
         json.dumps(row, ensure_ascii=False).encode(), re.compile(row.get("pattern") or "")
         "".join(word for fact in facts for word in [fact["right"]] + fact["wrong"])
         criteria, points = [r["criterion"] for r in rubrics], [r["points"] for r in rubrics]
-        "".join(criteria), sum(points)
+        "".join(criteria), int(sum(points))  # ValueError: NaN
     except (KeyError, TypeError, ValueError, OverflowError, re.error):
         raise ValueError(f"{where}: {what}") from None
     return {"prompt": prompt, "where": where, "facts": facts, "rubrics": rubrics, **text,

@@ -6,7 +6,6 @@ import os
 import resource
 import sys
 import time
-from dataclasses import asdict
 from functools import partial
 from types import SimpleNamespace
 
@@ -16,7 +15,7 @@ from transformers import HfArgumentParser
 
 from plumbing.files import (
     append_line, checkpoints, read_json, read_lines, save_checkpoint, write_atomically, write_lines)
-from plumbing.models import LocalModel, chat_ids, load, text_model, without_stop
+from plumbing.models import LocalModel, chat_ids, load, plain_ids, text_model, without_stop
 from plumbing.prompts import draw_prompts, read_prompts
 
 
@@ -40,8 +39,8 @@ def train_options(Options):
         parser.set_defaults(**saved | {"output_dir": folder})
         [o] = parser.parse_args_into_dataclasses()
     o.output_dir = o.output_dir or f"runs/{o.reward}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if o.temperature <= 0 or not 0 < o.top_p <= 1 or o.group_size < 2:
-        raise ValueError("--temperature must be above 0, --top_p in (0, 1], --group_size 2 or more")
+    if not (0 < o.temperature < 1e9 and 0 < o.top_p <= 1 < o.group_size and o.top_k >= 0):
+        raise ValueError("needs --temperature > 0, 0 < --top_p <= 1 < --group_size, --top_k >= 0")
     least = "steps prompts_per_step max_new_tokens micro_batch save_every updates_per_rollout"
     if min(getattr(o, name) for name in least.split()) < 1:
         raise ValueError(f"--{least.replace(' ', ', --')} must be 1 or more")
@@ -81,9 +80,10 @@ def prepare(o):
     rows = draw_prompts(rows, tokenizer) if o.prompts == "ultrafeedback" else rows
     eval_rows = read_prompts(o.eval_prompts) if o.eval_prompts else []
     for row in rows + eval_rows:
-        ids = chat_ids(tokenizer, row["prompt"])
-        if len(ids) + o.max_new_tokens > actor.context or max(ids) >= policy.config.vocab_size:
-            raise ValueError(f"{row['where']}: leave it out: with --max_new_tokens it exceeds the "
+        ids, [y] = chat_ids(tokenizer, row["prompt"]), plain_ids(tokenizer, [row["output"] or ""])
+        more = max(o.max_new_tokens, (len(y) + 1) * (o.reward == "cat-sft"))
+        if len(ids) + more > actor.context or max(ids) >= policy.config.vocab_size:
+            raise ValueError(f"{row['where']}: leave it out: with its answer it may exceed the "
                              f"context of {actor.context} tokens, or not all are the generator's")
     kind, o.bf16 = policy.device.type, o.bf16 or policy.device.type == "cuda"
     judged = o.reward in ("cat", "cat-match", "rubric-given")
@@ -117,10 +117,11 @@ def prepare(o):
 def begin(run, optimizer) -> int:
     """Steps done: 0, or the checkpoint's, whose optimizer is loaded; later lines go."""
     o, state, run.state = run.options, run.state, None
-    os.makedirs(o.output_dir, exist_ok=True)
+    if not o.resume and os.path.exists(f"{o.output_dir}/metrics.jsonl"):
+        raise ValueError(f"--output_dir {o.output_dir} was taken by another run")
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
-    config = json.dumps(asdict(o) | {"resume": False}, indent=1)
+    config = json.dumps(vars(o) | {"resume": False}, indent=1)
     write_atomically(f"{o.output_dir}/config.json", config)
     for path in (f"{o.output_dir}/metrics.jsonl", f"{o.output_dir}/samples.jsonl"):
         write_lines(path, [row for row in read_lines(path) if row["step"] <= state["step"]])
@@ -169,7 +170,7 @@ def finish(run) -> dict:
     peak = torch.cuda.max_memory_allocated(run.device) >> 10 if run.device.type == "cuda" else peak
     result = {"before": rows[0]["held_out"] | {"reward": rows[1]["reward"]},
               "after": made.get("held_out", {}) | {"reward": made["reward"]},
-              "seconds": {part: round(sum(row["seconds"][part] for row in rows[1:]), 1)
+              "seconds": {part: round(sum(row["seconds"][part] for row in rows[1:]), 3)
                           for part in rows[1]["seconds"]}, "steps": rows[-1]["step"],
               **{name: sum(row[name] for row in rows[1:]) for name in ("tokens", "skipped")},
               "peak_memory_mb": peak >> 10, "model": f"{folder}/checkpoint-{made['step']:06d}"}

@@ -282,8 +282,6 @@ def test_long_prompts_lose_their_oldest_tokens(toy, monkeypatch):
 
 def test_errors(toy):
     (_, tokenizer), (model, verifier_tokenizer) = toy["generator"], toy["verifier"]
-    with pytest.raises(ValueError, match="context.*max_new_tokens"):
-        cme.sequence_rewards(model, verifier_tokenizer, [PROMPT], ["far too long " * 200])
     with pytest.raises(ValueError, match="credit"):
         cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT], torch.tensor([[5]]), torch.tensor([1]), credit="sentence")
     from transformers import PreTrainedTokenizerFast
@@ -323,8 +321,20 @@ def test_context_is_used_to_its_last_token(toy, monkeypatch):
         models.answer_logprobs(model, tokenizer, [PROMPT], [answer])
         assert rows.pop() == (kept, answer)
     monkeypatch.setattr(model.config, "max_position_embeddings", len(answer))                             # not even BOS has room
-    with pytest.raises(ValueError, match="context.*max_new_tokens"):
-        models.answer_logprobs(model, tokenizer, [PROMPT], [answer])
+    [none, some] = models.answer_logprobs(model, tokenizer, [PROMPT] * 2, [answer, answer[:3]])
+    assert np.isnan(none).all() and len(none) == len(answer) and np.isfinite(some).all() and len(some) == 3
+
+
+def test_an_answer_beyond_the_context_has_no_reward(toy, monkeypatch):
+    """What a model writes does not end the run: the row is masked, or NaN; the others are as without it."""
+    (_, generator), (model, tokenizer) = toy["generator"], toy["verifier"]
+    ids, lengths = grpo.pad([generator(text, add_special_tokens=False).input_ids for text in ("Mia has a dog.", "Mia has a dog. " * 30)])
+    short = cme.token_rewards(model, tokenizer, generator, [PROMPT], ids[:1], lengths[:1])
+    monkeypatch.setattr(model.config, "max_position_embeddings", 40)
+    rewards, mask = cme.token_rewards(model, tokenizer, generator, [PROMPT] * 2, ids, lengths)
+    assert mask[0].any() and not mask[1].any() and torch.equal(rewards[0], short[0][0]) and torch.equal(mask[0], short[1][0])
+    first, second = cme.sequence_rewards(model, tokenizer, [PROMPT] * 2, ["Mia has a dog.", "far too long " * 200])
+    assert first.isfinite() and second.isnan()
 
 
 def test_a_token_that_meets_no_verifier_token_is_masked():

@@ -359,6 +359,12 @@ def test_a_key_in_the_url_is_refused(url):
     assert "sk-secret" not in str(error.value)
 
 
+@pytest.mark.parametrize("url", ["http://localhost:80O0/v1", "http://localhost:/v1", "http://localhost:8000v1"])
+def test_a_port_is_digits(url):
+    with pytest.raises(ValueError, match="a port: digits"):
+        text_model("--judge", f"m@{url}", "cpu")
+
+
 # ---------------------------------------------------------------- a real server
 
 @pytest.fixture(scope="module")

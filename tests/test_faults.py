@@ -1,8 +1,10 @@
 """Faults and bad input: what goes wrong -> what the user sees -> what is kept. Judges and servers that fail: test_judges.py, test_endpoint.py."""
+import json
 import os
 import resource
 import shutil
 import signal
+import sys
 
 import huggingface_hub
 import pytest
@@ -32,12 +34,14 @@ BAD_FILES = {"broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "empty.txt": "\n\
              "prompts.csv": "a,b\n", "roles.jsonl": '{"prompt": [{"content": "a"}]}\n', "blank.jsonl": '{"prompt": "  "}\n',
              "pattern.jsonl": '{"prompt": "a", "pattern": "("}\n', "facts.jsonl": '{"prompt": "a", "facts": [{"right": "x"}]}\n',
              "object.json": '{"prompts": ["a"]}', "surrogate.jsonl": '{"prompt": "\\ud800"}', 
-             "long.txt": "short\n" + "long " * 300, "latin.txt": b"caf\xe9"}
+             "long.txt": "short\n" + "long " * 300, "latin.txt": b"caf\xe9", "deep.jsonl": '{"prompt": ' + "[" * 200_000 + "\n",
+             "role.jsonl": '{"prompt": [{"role": 5, "content": "a"}]}\n', "nan.jsonl": '{"prompt": "a", "rubrics": [{"criterion": "b", "points": NaN}]}\n',
+             "output.jsonl": json.dumps({"prompt": "a", "output": "word " * 900}) + "\n"}
 
 
 @pytest.mark.parametrize("arguments, said", [
     (["--nonsense", 1], "nonsense"), (["--step", 3], "--step"), (["--lr", "fast"], "--lr"), (["--group_size", 1], "--group_size"),
-    (["--top_p", 0], "--top_p"), (["--micro_batch", 0], "--micro_batch"), (["--steps", -1], "--steps"), (["--top_p", 1.5], "--top_p"), (["--temperature", 0], "--temperature"), (["--reward", "accuracy"], "--reward"),
+    (["--top_p", 0], "--top_p"), (["--micro_batch", 0], "--micro_batch"), (["--steps", -1], "--steps"), (["--top_p", 1.5], "--top_p"), (["--temperature", 0], "--temperature"), (["--temperature", "nan"], "--temperature"), (["--top_k", -1], "--top_k"), (["--reward", "accuracy"], "--reward"),
     (["--device", "abacus"], "abacus"), (["--resume", "--output_dir", "TMP/nothing"], "no run to resume"), (["--prompts", "TMP/nothing.jsonl"], "nothing.jsonl"),
     (["--prompts", "TMP"], ".jsonl"), (["--generator", "TMP/nothing"], "--generator"), (["--verifier", "TMP"], "--verifier"),
     (["--generator", "nobody/nothing"], "nobody/nothing"), (["--verifier", "torn"], "torn"),
@@ -46,7 +50,9 @@ BAD_FILES = {"broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "empty.txt": "\n\
     (["--prompts", "broken.jsonl"], "broken.jsonl:2"), (["--prompts", "empty.txt"], "no prompts"), (["--prompts", "noprompt.jsonl"], "noprompt.jsonl:3"),
     (["--prompts", "numbers.json"], "item 1"), (["--prompts", "prompts.csv"], ".jsonl, .json or .txt"), (["--prompts", "roles.jsonl"], "roles.jsonl:1"),
     (["--prompts", "blank.jsonl"], "empty"), (["--eval_prompts", "pattern.jsonl"], "pattern.jsonl:1"), (["--eval_prompts", "facts.jsonl"], "facts.jsonl:1"),
-    (["--prompts", "object.json"], "item 1"), (["--prompts", "long.txt"], "long.txt:2"), (["--prompts", "latin.txt"], "UTF-8")])
+    (["--prompts", "object.json"], "item 1"), (["--prompts", "long.txt"], "long.txt:2"), (["--prompts", "latin.txt"], "UTF-8"),
+    (["--prompts", "deep.jsonl"], "deep.jsonl:1"), (["--prompts", "role.jsonl"], "role.jsonl:1"), (["--eval_prompts", "nan.jsonl"], "nan.jsonl:1"),
+    (["--reward", "cat-sft", "--prompts", "output.jsonl"], "output.jsonl:1: leave it out")])
 def test_bad_input_gets_one_line_and_status_2(tmp_path, arguments, said):
     bad = {name: tmp_path / name for name in BAD_FILES}
     for argument in arguments:
@@ -130,6 +136,17 @@ def test_models_and_tokenizers(tmp_path, few, option, model, status, said):  # n
     assert status == 0 or err.strip().splitlines()[-1].startswith("train.py: ")
 
 
+def test_a_model_without_a_cache_that_rows_can_leave(tmp_path):
+    """LFM2's convolutions keep a state of another kind: said at loading, in one line."""
+    import transformers
+    config = transformers.Lfm2Config(vocab_size=688, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+                                     layer_types=["conv", "full_attention"])
+    transformers.Lfm2ForCausalLM(config).save_pretrained(tmp_path / "lfm2")
+    models.load_tokenizer(f"{ROOT}/toy/cme/generator").save_pretrained(tmp_path / "lfm2")
+    with pytest.raises(ValueError, match="--generator .*lfm2: no model.*batch_select_indices"):
+        models.load("--generator", str(tmp_path / "lfm2"), "cpu")
+
+
 @pytest.mark.parametrize("text", [
     "\ufeff" + '{"prompt": "Tell me about Mia."}\n', '{"prompt": "Tell me about Mia."}\r\n\r\n{"prompt": "Describe Rosa."}\r\n',
     '\n\n{"prompt": "Tell me about Mia."}\n   \n', '{"prompt": "Tell me about Mia."}'], ids=["BOM", "CRLF", "empty lines", "no newline at the end"])
@@ -146,6 +163,37 @@ def test_a_large_prompt_file(tmp_path):
     (tmp_path / "large.jsonl").write_text(line * 10_000 + "{}\n")
     with pytest.raises(ValueError, match="large.jsonl:10001: needs a `prompt`"):
         read_prompts(str(tmp_path / "large.jsonl"))
+
+
+# ---------------------------------------------------------------- the end of a run
+def test_a_run_of_a_moment(tmp_path):
+    """Its seconds are no divisor; --watch_verifier may come with --resume; a terminal may be ASCII only; a negative norm does not turn the gradient around."""
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Describe Zoë — 日本."}\n')
+    models_ = ["--generator", f"{ROOT}/toy/cme/generator", "--prompts", tmp_path / "p.jsonl", "--lr", 1e-3, "--warmup_steps", 0]
+    arguments = [*models_, "--steps", 1, "--group_size", 2, "--prompts_per_step", 1, "--max_new_tokens", 2, "--eval_prompts", tmp_path / "p.jsonl"]
+    ascii_only = lambda: setattr(sys, "stdout", open(1, "w", closefd=False, encoding="ascii"))                # noqa: E731
+    moments = {}
+    for norm in (0, -1):
+        status, out, err = fork([*arguments, "--max_grad_norm", norm, "--output_dir", tmp_path / f"run{norm}"], tmp_path, ascii_only)
+        assert status == 0 and "1 steps in" in out and "Describe Zo?" in out, err
+        moments[norm] = weights(tmp_path / f"run{norm}")
+    assert moments[0] == moments[-1]
+    status, out, err = fork(["--resume", "--steps", 2, "--watch_verifier", f"{ROOT}/toy/cme/verifier", "--output_dir", tmp_path / "run0"], tmp_path)
+    assert status == 0 and "2 steps in" in out, err
+
+
+def test_two_runs_in_one_folder(tmp_path, few):  # noqa: F811
+    """The second, which saw the folder empty, does not write into what the first has begun."""
+    run, real = tmp_path / "run", train.begin
+
+    def patch():
+        def begin(*arguments):
+            run.mkdir()
+            (run / "metrics.jsonl").write_text('{"step": 0}\n')
+            return real(*arguments)
+        train.begin = begin
+    status, _, err = fork([*TINY, *few, "--output_dir", run], tmp_path, patch)
+    assert status == 2 and "taken by another run" in err and [p.name for p in run.iterdir()] == ["metrics.jsonl"]
 
 
 # ---------------------------------------------------------------- a run that is disturbed: what was done is kept

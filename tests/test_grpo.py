@@ -850,6 +850,35 @@ def test_logits_of_all_the_vocabulary_never_exist_at_once(entropy, monkeypatch):
     assert sorted(made) == [1, 70, 70, 70], "the backward pass makes them again, a part at a time"
 
 
+@pytest.mark.parametrize("model_type", ["mpt", "gpt_neo"])
+def test_beginnings_are_not_shared_where_padding_would_count(model_type):
+    """ALiBi, and local attention, count the padding between a shared beginning and what follows."""
+    torch.manual_seed(0)
+    config = {"mpt": transformers.MptConfig(vocab_size=61, d_model=32, n_layers=2, n_heads=4),
+              "gpt_neo": transformers.GPTNeoConfig(vocab_size=61, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]])}[model_type]
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    start = torch.randint(61, (1100,)).tolist()
+    prompts, ids, lengths = [start + [1, 2, 3], start + [*range(30)]], torch.randint(61, (2, 5)), torch.tensor([5, 5])
+    with torch.no_grad():
+        together = grpo.token_logprobs(model, prompts, ids, lengths)
+        alone = [grpo.token_logprobs(model, [p], y[None], lengths[:1]) for p, y in zip(prompts, ids)]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
+
+
+def test_a_part_of_the_vocabulary_that_is_forbidden():
+    """A padded vocabulary: whole parts are -inf, and neither values nor gradients are NaN."""
+    model, (prompts, _, ids, lengths) = transformers.PhiForCausalLM(transformers.PhiConfig(
+        vocab_size=66, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)).eval(), random_rows()
+    model.lm_head.bias.data[50:] = -torch.inf
+    got = {}
+    for chunk in (0, 8, 10, 25):
+        logp, entropies = grpo.token_logprobs(model, prompts, ids, lengths, temperature=0.7, entropy=True, chunk=chunk)
+        got[chunk] = [logp, entropies, *torch.autograd.grad(logp.sum(), [p for n, p in model.named_parameters() if n != "lm_head.bias"])]
+    for chunk in (8, 10, 25):
+        for a, b in zip(got[chunk], got[0]):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
 def test_parts_of_a_head_with_a_bias_and_of_one_that_is_wrapped():
     """Phi's head has a bias; one that is not a plain Linear (an adapter's) is used whole, as it is. Some tokens are forbidden, at a part's edge too."""
     peft = pytest.importorskip("peft")

@@ -379,6 +379,7 @@ def test_judgements_of_other_responses_are_not_used(two, tmp_path, serve):  # no
     ("prompts.jsonl", "", "prompts.jsonl: no prompts in it"), ("evaluation.json", "{", "evaluation.json: not valid JSON"),
     ("prompts.jsonl", '{"text": 1}', "prompts.jsonl:1: needs a `prompt`")])
 def test_odd_files_in_the_folder(folder, tmp_path, file, text, said):
+    (folder / file).parent.mkdir(exist_ok=True)
     (folder / file).write_text(text + "\n")
     status, _, err = run(tmp_path, "report", "--output_dir", folder)
     assert status == 2 and said in err and err.startswith("evaluate.py: ") and err.count("\n") == 1, err
@@ -693,3 +694,17 @@ def test_folders_of_other_trainers(tmp_path):
         (tmp_path / "run/summary.json").write_text(json.dumps(summary))
         assert evaluate.run_of(str(tmp_path / "run")) == (str(tmp_path / "run" / made), {"reward": "cme"})
     assert evaluate.run_of("Qwen/Qwen3-4B") == ("Qwen/Qwen3-4B", {})
+
+
+def test_a_folder_that_is_in_use_stays_as_it_is(tmp_path):
+    """The user's own prompts.jsonl is not replaced by our copy; where no model can answer, nothing is left behind."""
+    mine, prompts = tmp_path / "mine", '{"prompt": "Describe Rosa.", "note": "precious"}\n'
+    mine.mkdir()
+    (mine / "prompts.jsonl").write_text(prompts)
+    for model in (f"{ROOT}/toy/cme/generator", "/nonexistent"):
+        status, _, err = run(tmp_path, "--prompts", mine / "prompts.jsonl", "--models", f"g={model}", "--max_new_tokens", 12, "--output_dir", mine)
+        assert status == 2 and "in use" in err and [p.name for p in mine.iterdir()] == ["prompts.jsonl"] and (mine / "prompts.jsonl").read_text() == prompts
+    for wrong in (["--models", "g=/nonexistent"], ["--models", f"g={ROOT}/toy/cme/generator", "--max_new_tokens", 0],
+                  ["--models", f"g={ROOT}/toy/cme/generator", "--max_new_tokens", 12, "--temperature", "nan"]):
+        status, _, err = run(tmp_path, "--prompts", mine / "prompts.jsonl", *wrong, "--output_dir", tmp_path / "new")
+        assert status == 2 and "Traceback" not in err and not (tmp_path / "new").exists(), err

@@ -449,6 +449,7 @@ def test_options_reach_their_functions(tmp_path, few, monkeypatch):
     run = train.prepare(train.Options(steps=2, prompts_per_step=2, group_size=2, max_new_tokens=24, temperature=0.7, top_k=20, top_p=0.8, beta=0.5,
                                       clip_low=0.1, clip_high=0.3, scale=False, credit="word", score_stop=True, max_grad_norm=0.5, seed=7,
                                       micro_batch=3, eval_prompts=str(few[1]), output_dir=str(tmp_path / "run")))
+    calls.clear()                                                               # those of loading
     train.train(run)
     sub = lambda name, **expected: [{k: kw.get(k) for k in expected} == expected for _, kw in calls[name]]   # noqa: E731
     calls["sample"] = [call for call in calls["sample"] if call[0][2] == 2]     # the others are the held-out ones, one response to each

@@ -76,9 +76,9 @@ def read_options(respond: bool) -> Options:
         run = newest("*/summary.json")
         made, config = run_of(run)
         o.output_dir = f"{run}/evaluation-{made[-6:]}"
-        parser.set_defaults(models=[f"base={config['generator']}", f"trained={run}"],
-                            prompts=config["eval_prompts"], output_dir=o.output_dir,
-                            max_new_tokens=config["max_new_tokens"])
+        parser.set_defaults(models=[f"base={config.get('generator')}", f"trained={run}"],
+                            prompts=config.get("eval_prompts"), output_dir=o.output_dir,
+                            max_new_tokens=config.get("max_new_tokens"))
     saved = read_json(f"{o.output_dir}/evaluation.json")
     answered = saved.pop("models", {})
     parser.set_defaults(**saved)
@@ -91,7 +91,7 @@ def read_options(respond: bool) -> Options:
         if value not in (o.models.get(name), getattr(o, name, None)):
             raise ValueError(f"{o.output_dir} has answers with {name} {value}: take another folder")
     if not (o.prompts and o.models and o.output_dir and (respond or answered)):
-        raise ValueError("needs --models, --prompts, --output_dir, or a folder with responses")
+        raise ValueError("needs --models, --prompts, --output_dir; or responses; or a run's checkpoint")
     return o
 
 

@@ -215,8 +215,8 @@ def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, en
     if type(head) is torch.nn.Linear and chunk < len(head.weight):  # an adapter's is used whole
         parts = [*zip(*(x.split(chunk) for x in (head.weight, head.bias) if x is not None))]
     def score(first, *part):
-        logits = model_logits(model, hidden, *part).clamp_(-1e30 if part else -torch.inf)
-        logits = logits if temperature == 1 else logits / temperature  # [K, chunk], not all -inf
+        logits = model_logits(model, hidden, *part)  # [K, chunk]
+        logits = logits if temperature == 1 else logits / temperature
         logp = logits.log_softmax(-1)  # given the part: log p(y) = log p(part) + log p(y | part)
         found = logp.gather(-1, (target - first).clamp(0, logp.shape[1] - 1)[:, None])[:, 0]
         top = logits.argmax(-1, keepdim=True)  # any would do, but for forbidden ones (-inf)

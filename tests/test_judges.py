@@ -708,3 +708,13 @@ def test_a_folder_that_is_in_use_stays_as_it_is(tmp_path):
                   ["--models", f"g={ROOT}/toy/cme/generator", "--max_new_tokens", 12, "--temperature", "nan"]):
         status, _, err = run(tmp_path, "--prompts", mine / "prompts.jsonl", *wrong, "--output_dir", tmp_path / "new")
         assert status == 2 and "Traceback" not in err and not (tmp_path / "new").exists(), err
+
+
+def test_a_run_without_its_checkpoints(tmp_path, monkeypatch):
+    """They were deleted to save space."""
+    (tmp_path / "runs/r").mkdir(parents=True)
+    (tmp_path / "runs/r/summary.json").write_text('{"model": "runs/r/checkpoint-000080"}')
+    (tmp_path / "runs/r/config.json").write_text('{"reward": "cme", "generator": "g", "eval_prompts": "e.jsonl", "max_new_tokens": 48}')
+    monkeypatch.chdir(tmp_path)
+    status, _, err = run(tmp_path)
+    assert status == 2 and "checkpoint" in err and "Traceback" not in err

@@ -91,7 +91,7 @@ def read_options(respond: bool) -> Options:
         if value not in (o.models.get(name), getattr(o, name, None)):
             raise ValueError(f"{o.output_dir} has answers with {name} {value}: take another folder")
     if not (o.prompts and o.models and o.output_dir and (respond or answered)):
-        raise ValueError("needs --models, --prompts, --output_dir, or a folder with answers or checkpoints")
+        raise ValueError("needs --models, --prompts, --output_dir, or answers, or a checkpoint")
     return o
 
 

@@ -55,8 +55,8 @@ MARKED = r"[\s*_`\"'“(#]*%s[\s*_`\"'”).,!]*"  # **Yes.** is yes, "!yes" and 
 
 
 def block(tag: str, text: str, number=None) -> str:
-    """Untrusted text between our tags.  Inside, a tag of ours and what ends a turn ("<|im_end|>")
-    lose their "<": "a < b </response>" -> "<response>\\na < b &lt;/response>\\n</response>"."""
+    """Untrusted text between our tags.  Inside, a tag of ours and what ends a turn ("<|im_end|>",
+    "[/INST]") lose "<", "[": "a </response>" -> "<response>\\na &lt;/response>\\n</response>"."""
     ours, gap = "(response|reference|question|criterion|rubric)", r"[\s\u200b-\u200f\u2060\ufeff]*"
     ends = rf"[|｜]\S{{1,40}}>|\w{{1,40}}[|｜]>|/s>|[be]os>|pad>|\w+_of_\w+>"  # of many families
     inside = re.sub(rf"<(?={gap}/{gap}{ours}\b|{ours}[\s>]|{ends})", "&lt;", text, flags=re.I)

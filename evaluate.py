@@ -199,7 +199,7 @@ def judge(o: Options, name: str, tasks: dict):
     write_lines(path, known.values())
     key = os.environ.get(re.sub(r"\W", "_", name).upper() + "_API_KEY")
     model = text_model(f"--judge {name}", who, o.device, key=key, batch_tokens=o.batch_tokens)
-    asks, missing = [*todo], 0
+    asks = [*todo]
     read = read_preference if asks[0].startswith(PAIRWISE) else cat.read_verdict
     for n in progress(range(0, len(asks), PART), desc=f"{name}, {PART} at a time"):
         part = asks[n : n + PART]
@@ -208,8 +208,7 @@ def judge(o: Options, name: str, tasks: dict):
             said = verdict if isinstance(verdict, dict) else {"verdict": verdict}
             row = dict(zip(("index", "shown", "criterion"), todo[asked]), judge=who, ask=asked)
             append_line(path, row | said)
-        missing += verdicts.count(None)
-    if missing:
+    if missing := len(known) + len(todo) - len(read_lines(path)):
         print(f"evaluate.py: {missing} verdicts of --judge {name} could not be had; the same "
               f"command asks again. {model.last_error}", file=sys.stderr)
 
@@ -285,9 +284,10 @@ def respond(o: Options, name: str, rows: list):
     saved["models"] = read_json(file).get("models", {}) | {name: o.models[name]}
     for i in progress(range(len(done), len(rows), PART), desc=name):
         replies = answers(model, estimator[:-1], rows[i : i + PART], o, 2 * (o.seed + i))
+        if not done:  # it can answer
+            write_atomically(file, json.dumps(saved))  # first: now the folder is ours
+            write_lines(f"{o.output_dir}/prompts.jsonl", rows)
         done += [reply._asdict() for reply in replies]
-        write_atomically(file, json.dumps(saved))  # the first: from now on the folder is ours
-        write_lines(f"{o.output_dir}/prompts.jsonl", rows)
         write_lines(path, done)
 
 

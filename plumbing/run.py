@@ -83,8 +83,8 @@ def prepare(o):
         ids, [y] = chat_ids(tokenizer, row["prompt"]), plain_ids(tokenizer, [row["output"] or ""])
         more = max(o.max_new_tokens, (len(y) + 1) * (o.reward == "cat-sft"))
         if len(ids) + more > actor.context or max(ids) >= policy.config.vocab_size:
-            raise ValueError(f"{row['where']}: leave it out: with its answer it may exceed the "
-                             f"context of {actor.context} tokens, or not all are the generator's")
+            raise ValueError(f"{row['where']}: leave it out: with --max_new_tokens or `output` it "
+                             f"exceeds the context of {actor.context}, or has foreign tokens")
     kind, o.bf16 = policy.device.type, o.bf16 or policy.device.type == "cuda"
     judged = o.reward in ("cat", "cat-match", "rubric-given")
     needed = {"rubric-given": "rubrics", "cat-sft": "output"}.get(o.reward, "prompt")

@@ -180,6 +180,9 @@ def test_a_run_of_a_moment(tmp_path):
     assert moments[0] == moments[-1]
     status, out, err = fork(["--resume", "--steps", 2, "--watch_verifier", f"{ROOT}/toy/cme/verifier", "--output_dir", tmp_path / "run0"], tmp_path)
     assert status == 0 and "2 steps in" in out, err
+    mute = changed(tmp_path, "mute", lambda model, _: setattr(model.generation_config, "eos_token_id", [*range(model.config.vocab_size)]))   # every answer is empty
+    status, out, err = fork([*arguments, "--generator", mute, "--watch_verifier", f"{ROOT}/toy/cme/verifier", "--output_dir", tmp_path / "mute_run"], tmp_path)
+    assert status == 0 and "watch -" in out, err
 
 
 def test_two_runs_in_one_folder(tmp_path, few):  # noqa: F811

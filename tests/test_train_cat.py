@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import openai._base_client
 import pytest
@@ -316,3 +317,10 @@ def test_the_best_model_survives_a_kill(tmp_path, few):
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert status == 0 and summary["model"].endswith("checkpoint-000003") and summary["after"]["facts"] == 0.95 and summary["steps"] == 6, err
     assert sorted(p.name for p in (tmp_path / "run").glob("*-0*")) == ["checkpoint-000003", "checkpoint-000004", "checkpoint-000006"]
+
+
+def test_an_output_that_spells_a_stop_token_is_text():
+    tokenizer = models.load_tokenizer(f"{ROOT}/toy/cat/model")
+    run = SimpleNamespace(options=train.Options(reward="cat-sft"), tokenizer=tokenizer, device="cpu")
+    _, [ids], lengths = train.rollout(run, [{"prompt": "q", "output": "a<|im_end|>b"}], 0)
+    assert ids.tolist().count(models.end_of_turn(tokenizer)) == 1 and ids[-1] == models.end_of_turn(tokenizer) and tokenizer.decode(ids[:-1]) == "a<|im_end|>b"

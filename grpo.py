@@ -50,7 +50,7 @@ def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torc
     FloatingPointError: NaN or +inf (-inf forbids a token).  ValueError: settings out of range."""
     if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: out of range")
-    if not logits.max(-1).values.isfinite().all():
+    if not logits.amax(-1).isfinite().all():
         raise FloatingPointError("the model's logits are not finite: its weights have blown up")
     if temperature == 0:
         return logits.argmax(-1)
@@ -123,9 +123,9 @@ def stepper(model, cache, attend, room: int):
         for x, of in zip(kept, new):
             x.index_copy_(2, at, of.to(dtype))
         return [x[:, :, :end] for x in kept]
-    for layer in cache.layers:
-        there = [x[:, :, :L].to(dtype) for x in (layer.keys, layer.values)]
-        layer.keys, layer.values = kept = [F.pad(x, (0, 0, 0, room)) for x in there]
+    for layer in cache.layers:  # of what another stepper has left the room is there
+        layer.keys, layer.values = kept = [F.pad(x.to(dtype), (0, 0, 0, L + room - x.shape[2]))
+                                           for x in (layer.keys, layer.values)]
         layer.update = partial(put, kept)  # of tensors: a cycle would keep the memory
     def forward():
         inputs = {"input_ids": token, "position_ids": position, "attention_mask": mask[..., :end]}
@@ -217,19 +217,19 @@ def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, en
     def score(first, *part):
         logits = model_logits(model, hidden, *part)  # [K, chunk]
         logits = logits if temperature == 1 else logits / temperature
-        logp = logits.log_softmax(-1)  # given the part: log p(y) = log p(part) + log p(y | part)
-        found = logp.gather(-1, (target - first).clamp(0, logp.shape[1] - 1)[:, None])[:, 0]
-        top = logits.argmax(-1, keepdim=True)  # any would do, but for forbidden ones (-inf)
-        total = (logits.gather(-1, top) - logp.gather(-1, top))[:, 0]  # log-sum-exp of the part
-        with torch.no_grad():  # entropies; 0 log 0 is 0
-            return found, total, -(logp.exp().mul_(logp)).nansum(-1) if entropy else found
+        logits = logits if part else logits.log_softmax(-1)  # of these the log-sum-exp is 0
+        total = logits.logsumexp(-1) if part else logits.new_zeros(len(row))
+        found = logits.gather(-1, (target - first).clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+        x, z = logits.detach(), total.detach()[:, None]
+        expected = (x - z).exp_().mul_(x) if entropy else z  # p times logit; 0 times -inf is 0
+        return found, total, expected.nansum(-1)
     if len(parts) > 1 and torch.is_grad_enabled():
         score = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
     scored = zip(*[score(i * chunk, *part) for i, part in enumerate(parts)])
-    found, total, entropies = map(torch.stack, scored)  # [parts, K] each
-    of_part = (total if len(parts) > 1 else torch.zeros_like(found)).log_softmax(0)  # log p(part)
-    entropies = (of_part.exp() * (entropies - of_part)).sum(0).detach()
-    found = (found + of_part).gather(0, (target[None] // chunk).clamp(max=len(parts) - 1))[0]
+    found, total, expected = map(torch.stack, scored)  # [parts, K] each
+    log_z = total.logsumexp(0)  # [K]
+    entropies = log_z.detach() - ((total - log_z).detach().exp() * expected).sum(0)
+    found = found.gather(0, (target[None] // chunk).clamp(max=len(parts) - 1))[0] - log_z
     zeros = torch.zeros(B, T, device=ids.device)
     logp, entropies = (zeros.index_put((row, t), values) for values in (found, entropies))
     return (logp, entropies) if entropy else logp

@@ -324,3 +324,16 @@ def test_an_output_that_spells_a_stop_token_is_text():
     run = SimpleNamespace(options=train.Options(reward="cat-sft"), tokenizer=tokenizer, device="cpu")
     _, [ids], lengths = train.rollout(run, [{"prompt": "q", "output": "a<|im_end|>b"}], 0)
     assert ids.tolist().count(models.end_of_turn(tokenizer)) == 1 and ids[-1] == models.end_of_turn(tokenizer) and tokenizer.decode(ids[:-1]) == "a<|im_end|>b"
+
+
+def test_the_longest_output_that_fits(tmp_path):
+    """Prompt, output and the stop token behind it fill the context to the last place; one token more is refused."""
+    tokenizer = models.load_tokenizer(f"{ROOT}/toy/cat/model")
+    room = 1024 - len(models.chat_ids(tokenizer, "q"))
+    for n in (room - 1, room):
+        text = " ".join(["a"] * n)
+        assert len(models.plain_ids(tokenizer, [text])[0]) == n
+        (tmp_path / f"{n}.jsonl").write_text(json.dumps({"prompt": "q", "output": text}) + "\n")
+        status, out, err = fork(["--reward", "cat-sft", "--prompts", tmp_path / f"{n}.jsonl", "--steps", 1, "--lr", 1e-4, "--prompts_per_step", 1,
+                                 "--generator", ROOT / "toy/cat/model", "--max_new_tokens", 8, "--output_dir", tmp_path / f"run{n}"], tmp_path)
+        assert (status, "leave it out" in err) == ((0, False) if n < room else (2, True)), err

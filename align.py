@@ -37,9 +37,9 @@ def align(values, source, target):
     >>> align([-7.0, -2.0], [[0, 7], [7, 11]], [[0, 2], [2, 11]])
     array([-2., -7.])
 
-    A source token of width 0 joins the next one that has width, or else the last; a target token
-    that meets no source token gets 0.  ValueError: wrong shapes; values not finite; spans out of
-    order, overlapping or end < start; target does not cover source (two different texts)."""
+    A source token of width 0 joins the next one that has width, or else the last (none has: all is
+    0); a target token that meets none gets 0.  ValueError: wrong shapes; values not finite; spans
+    out of order, overlapping or end < start; target does not cover source (two different texts)."""
     values = np.asarray(values, dtype=np.float64)
     source, target = _check_spans("source", source), _check_spans("target", target)
     if values.shape != (len(source),):
@@ -109,7 +109,7 @@ def spans_from_text(tokenizer, text):
     No special token is added; the spelling of one ("</s>") is text.  Spans are those of the ids'
     bytes when these give the text back: "e🙂" as `▁ e F0 9F 99 82` has [0, 0] [0, 1] [1, 1.25]
     [1.25, 1.5] [1.5, 1.75] [1.75, 2].  Where the tokenizer changed the text (NFC, lower case) the
-    library says where a token begins; it ends where the next does: the last in a character has it.
+    library says where a token begins; it ends where the next begins (equal: the last has width).
     ValueError: as for spans_from_ids; a lone surrogate in the text (UnicodeEncodeError)."""
     text.encode("utf-8")  # raises on a lone surrogate
     pieces = _pieces(tokenizer)

@@ -8,7 +8,7 @@ Deliberate departures from the paper:
  1. The prompts are ours (Appendix 11 is lost in our copy); what a model wrote is in a `block`.
  2. A local judge's verdict is its first token, yes or no: one forward pass.
  3. A verdict that cannot be read is asked for once more, then left out of Eq. 4.  A rubric may have
-    fewer than five criteria; the judge does not see the question (evaluate.py's does).
+    fewer than five criteria; the judge does not see the question (`evaluate.py judge`'s does).
  4. Answers are equal if their normal forms are: so votes are well defined."""
 
 import html

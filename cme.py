@@ -7,7 +7,7 @@ log-probabilities (nats) are the reward: carried to the generator's tokens by ch
 Deliberate departures from the paper:
  1. `credit="word"` is ours: each token gets the sum of its whole word, as any piece may have been
     the choice, and the verifier may pay at the space before it.  `score_stop` is ours too.
- 2. A prompt that is too long for the verifier loses its oldest tokens, all but its first (BOS)."""
+ 2. A prompt too long for the verifier loses its oldest tokens (not BOS), a response its reward."""
 
 import re
 

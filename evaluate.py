@@ -131,8 +131,8 @@ def values_of(rows: list, replies: list) -> dict:
     """{measure: [n], NaN = missing} of n `Reply`s to the rows' prompts."""
     found = [{"missing": 1} if r[0] is None else measures(row, *r) for row, r in zip(rows, replies)]
     names = dict.fromkeys(name for of in found for name in of)
-    values = {name: np.array([of.get(name) for of in found], float) for name in names}
-    return {name: v for name, v in values.items() if not np.isnan(v).all()}
+    values = {m: [of.get(m, 0 if m == "missing" else None) for of in found] for m in names}
+    return {m: v for m, of in values.items() if not np.isnan(v := np.array(of, float)).all()}
 
 
 def held_out(model, rows: list, *, max_new_tokens: int, judge=None, verifiers={}) -> dict:
@@ -214,7 +214,7 @@ def judge(o: Options, name: str, tasks: dict):
 
 
 def compare(known: dict, x: str, y: str, n: int) -> dict:
-    """x over y, and the first shown over the other, by a judge's {task: the latter}; {} if none."""
+    """x over y, and first shown over second, by a judge's {task: first's worth}; {} if none."""
     found = {task: p for task, p in known.items() if {*task[1]} == {x, y}}
     over = {i: p if shown[0] == x else 1 - p for (i, shown, _), p in found.items()}
     p, first = [over.get(i) for i in range(n)], estimate([*found.values()])
@@ -292,7 +292,7 @@ def respond(o: Options, name: str, rows: list):
 
 
 def report(o: Options, rows: list, responses: dict, tasks: dict):
-    """report.json and report.md, the latter on the screen too; outputs.json for alpaca_eval."""
+    """report.json, report.md (also printed); outputs.json for alpaca_eval, less empty answers."""
     for name, replies in responses.items():
         outputs = [{"instruction": question_text(row["prompt"]), "output": y, "generator": name,
                     "prompt": row["prompt"]} for row, (y, *_) in zip(rows, replies) if y]

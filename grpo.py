@@ -10,7 +10,7 @@ Deliberate departures from the papers:
     policy gradient; the KL covers every response token, the stop included, and |y| counts them all.
  2. The papers give neither the deviation's divisor nor its epsilon: ddof 1 and 1e-4 (TRL's).
  3. Top-k and top-p change what is sampled; log-probabilities are those of the whole distribution.
- 4. Where a group's rewards deviate by less than `min_std` nats (rounding) the advantage is 0."""
+ 4. Where rewards *at a position* deviate by less than `min_std` nats (rounding), advantage 0."""
 
 import contextlib
 from functools import partial
@@ -86,13 +86,13 @@ def prefill(model, prompt_ids: list, prompt_of: torch.Tensor):
         head = list(prompt_ids[i][:-1])
         common, more = commonprefix([heads[-1], head]), max(len(heads[-1]), len(head))
         heads[-1:] = [common] if 2 * len(common) > more else [heads[-1], head]
-        head_of[i] = len(heads) - 1
-    tails = [p[len(heads[h]) :] for p, h in zip(prompt_ids, head_of)]
+        head_of[i] = len(heads) - 2  # the first, [], is nobody's
+    heads, tails = heads[1:], [p[len(heads[h + 1]) :] for p, h in zip(prompt_ids, head_of)]
     saved = sum(map(len, prompt_ids)) - sum(map(len, heads + tails))
     config = model.config.get_text_config()
     kinds = {*(getattr(config, "layer_types", 0) or ()), getattr(config, "sliding_window", None)}
     if saved < 1000 or kinds - {"full_attention", None} or config.model_type in ("gpt_neo", "mpt"):
-        heads, head_of, tails = [[]], [0] * len(prompt_ids), prompt_ids  # they count padding
+        heads, head_of, tails = [[]], [0] * len(prompt_ids), prompt_ids  # windows, ALiBi count gaps
     attend, cache = torch.zeros(len(heads), 0, dtype=int, device=model.device), None
     for rows, of in ((heads, head_of), (tails, prompt_of)):
         ids, lengths = pad([row[::-1] for row in rows], model.device)
@@ -118,12 +118,12 @@ def stepper(model, cache, attend, room: int):
     mask = torch.zeros_like(attend, dtype=dtype).masked_fill(attend == 0, -torch.inf)
     mask = F.pad(mask, (0, room), value=-torch.inf)[:, None, None]  # [B, 1, 1, L + room]
     position, at = attend.sum(1, keepdim=True), torch.tensor([L], device=attend.device)
-    token = torch.zeros_like(position)  # [B, 1]; a graph reads, and moves on, tensors in place
+    token = torch.zeros_like(position)  # [B, 1]; a graph reads these very tensors: changed in place
     def put(kept, *new, **_):  # instead of DynamicLayer.update, which copies all
         for x, of in zip(kept, new):
             x.index_copy_(2, at, of.to(dtype))
         return [x[:, :, :end] for x in kept]
-    for layer in cache.layers:  # of what another stepper has left the room is there
+    for layer in cache.layers:  # after rows have left, x has its room already: 0 are added
         layer.keys, layer.values = kept = [F.pad(x.to(dtype), (0, 0, 0, L + room - x.shape[2]))
                                            for x in (layer.keys, layer.values)]
         layer.update = partial(put, kept)  # of tensors: a cycle would keep the memory
@@ -192,11 +192,11 @@ def response_mask(lengths: torch.Tensor, T: int) -> torch.Tensor:
 def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, entropy=False,
                    chunk: int = 0):
     """log p(y_t | prompt, y_<t) -> [B, T] nats, float32, 0 behind a row's end; with `entropy` a
-    pair: these, and the entropies of the distributions drawn from, [B, T] nats, without gradient.
+    pair: these, and the distributions' entropies (top-k, top-p off), [B, T] nats, no gradient.
     prompt_ids: B lists; ids [B, T], lengths [B]; temperature: the one that sampled.  Equal prompts
     are read once; padding is masked or behind a row's end: a row scores as it does alone.  Logits
-    are made for `chunk` tokens of the vocabulary at a time (0: 2^25 or, on CUDA, 2^27 logits), if
-    in several parts then again for gradients: no [B, T, V].  ValueError: shapes, empty prompts."""
+    are made for `chunk` tokens of the vocabulary at a time (0: 2^25 or, on CUDA, 2^27 logits); the
+    backward pass makes several parts anew: no [B, T, V].  ValueError: shapes, empty prompts."""
     B, T = ids.shape
     fits = len(prompt_ids) == len(lengths) == B > 0 and all(prompt_ids) and int(lengths.max()) <= T
     if not fits or temperature <= 0:

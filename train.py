@@ -64,7 +64,7 @@ class Options:
     lr: Optional[float] = option(None, "peak learning rate of AdamW; none: what suits the toy")
     warmup_steps: int = option(5, "steps of linear warm-up")
     schedule: Literal["cosine", "constant"] = option("cosine", "of lr, after the warm-up")
-    beta: float = option(0.02, "weight of the KL to the initial policy; 0: it is not loaded")
+    beta: float = option(0.02, "weight of the KL to the initial policy; 0: none")
     kl_in: Literal["loss", "reward"] = option("loss", "k3 per token; or r - beta log(pi / pi_ref)")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low")
     clip_high: float = option(0.2, "and above 1 + clip_high")
@@ -273,7 +273,7 @@ def train(run) -> dict:
         in_reward, old_logp = o.beta and o.kl_in == "reward", None  # None: of the policy as it is
         if in_reward or o.updates_per_rollout > 1:
             old_logp = logprobs(run, run.policy, *batch)
-        if o.reward == "cat-sft":  # Eq. 12: advantage 1 has the gradient of log pi(s | x) / |s|
+        if o.reward == "cat-sft":  # Eq. 12: 1 has, unclipped, the gradient of log pi(s | x) / |s|
             advantages = torch.ones_like(rewards)
         elif rewards.dim() == 2:
             advantages = grpo.position_advantages(rewards, counted, G, scale=o.scale,

@@ -28,7 +28,7 @@ def one_clear_line(main, script: str, again: str = "the same command continues")
     try:
         return main()
     except (FloatingPointError, ConnectionError, torch.OutOfMemoryError) as e:
-        less = isinstance(e, torch.OutOfMemoryError) * "; lower --micro_batch or --batch_tokens"
+        less = isinstance(e, torch.OutOfMemoryError) * "; lower --batch_tokens (or --micro_batch)"
         status, line = 1, f"{str(e).splitlines()[0][:400]}{less} ({again})"
     except (ValueError, OSError, ImportError) as e:
         status, line = 2, f"{e}: pip install {e.name}" if isinstance(e, ImportError) else str(e)

@@ -19,7 +19,7 @@ from plumbing.prompts import messages_of
 
 TEXT_NAMES = {r"^language_model\.lm_head": "lm_head",  # of multimodal checkpoints, old and new
               r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
-TINY = 2e6  # parameters; below it one thread of PyTorch: several all wait if one core is busy
+TINY = 2e6  # parameters; loading less sets PyTorch to one thread: several wait if a core is busy
 # A text, None if prompt and answer do not fit; whether it had a stop token; its number of tokens
 Reply = namedtuple("Reply", "response stopped tokens", defaults=(None, None, None))
 load_tokenizer = AutoTokenizer.from_pretrained  # from a folder, or by its name on the hub
@@ -29,7 +29,7 @@ def load_model(path: str, *, train: bool, device="", bf16=False):
     """A causal language model from a folder or hub name, in eval mode, without dropout; of Gemma 3,
     3n and 4 the text model; of a LoRA adapter's folder also its base, frozen; of random:PATH random
     weights.  train: float32 weights with gradients (AdamW at 1e-6 changes nothing in bf16); else
-    frozen, bf16 on CUDA.  ValueError: missing weights; `grpo.model_logits` gives other logits."""
+    frozen, bf16 on CUDA or if asked.  ValueError: missing weights; `model_logits` gives others."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     exact = train or device.type == "cpu" and not bf16
     dtype, tolerance = (torch.float32, 1e-4) if exact else (torch.bfloat16, 2e-2)
@@ -201,14 +201,14 @@ class LocalModel:
             noise = torch.Generator(ids.device).manual_seed((seed * 1_000_003 + part[0]) % 2**63)
             return grpo.sample(self.model, [prompt_ids[i] for i in part[1]], n, generator=noise,
                                max_new_tokens=max_new_tokens, **settings)
-        for (_, part), (y, of) in two_at_a_time(self.model, answer, parts):
-            ids[part, :, : y.shape[1]], lengths[part] = y.view(len(part), n, -1), of.view(-1, n)
+        for (_, part), (y, ends) in two_at_a_time(self.model, answer, parts):
+            ids[part, :, : y.shape[1]], lengths[part] = y.view(len(part), n, -1), ends.view(-1, n)
         return ids.flatten(0, 1), lengths.flatten()
 
     def replies(self, prompts, *, n=1, **settings) -> list:
         """n answers to each of P prompts -> P lists of n Reply.  settings: those of `sample`."""
-        y, of = self.sample([chat_ids(self.tokenizer, x) for x in prompts], n, **settings)
-        found = [Reply(*r) if r[2] else Reply() for r in zip(*self.texts(y, of), of.tolist())]
+        y, ends = self.sample([chat_ids(self.tokenizer, x) for x in prompts], n, **settings)
+        found = [Reply(*r) if r[2] else Reply() for r in zip(*self.texts(y, ends), ends.tolist())]
         return [found[i : i + n] for i in range(0, len(found), n)]
 
     def logprob(self, prompts: list, texts: list) -> torch.Tensor:
@@ -219,12 +219,12 @@ class LocalModel:
 
 
 class Endpoint:
-    """A text model behind an OpenAI-compatible server (`openai` package), a request an answer."""
+    """A text model behind an OpenAI-compatible server (`openai` package); one request an answer."""
     def __init__(self, model: str, url: str, *, key=None, concurrency=8, timeout=60.0, retries=4):
         from openai import OpenAI
         self.model, self.name, self.concurrency = model, f"{model} at {url}", concurrency
         self.last_error, self.failures, self.newer = "", 0, False
-        self.key = (key or "no-key").strip()  # a saved Hugging Face token stays at home
+        self.key = (key or "no-key").strip()  # else openai would send OPENAI_API_KEY to any server
         self.client = OpenAI(base_url=url, api_key=self.key, timeout=timeout, max_retries=retries)
 
     def complete(self, prompts, *, n=1, max_new_tokens: int, temperature=1.0, seed=0) -> list:

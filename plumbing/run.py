@@ -89,7 +89,7 @@ def prepare(o):
     judged = o.reward in ("cat", "cat-match", "rubric-given")
     needed = {"rubric-given": "rubrics", "cat-sft": "output"}.get(o.reward, "prompt")
     if not all(row[needed] for row in rows):
-        raise ValueError(f"{o.prompts}: --reward {o.reward} needs `{needed}` in every row (README)")
+        raise ValueError(f"{o.prompts}: {o.reward} needs `{needed}` in every row (toy/README.md)")
     if o.keep == "best" and not any(row["facts"] or row["answer"] or judged and row["rubrics"]
                                     for row in eval_rows):
         raise ValueError("--keep best needs --eval_prompts with facts, answer or (judged) rubrics")

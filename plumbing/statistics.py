@@ -6,7 +6,7 @@ import numpy as np
 
 
 def estimate(values, least=-math.inf) -> dict:
-    """Mean, 95% interval, from `least` on; standard error; n.  [1, 0, None] -> .5, 0, 1, .5, 2."""
+    """Mean, 95% interval (none below least), standard error, n: [1, 0, None] -> .5, 0, 1, .5, 2."""
     v = np.array(values, float)
     interval, v = bootstrap_interval(v), v[~np.isnan(v)]
     error = float(v.std(ddof=1)) / math.sqrt(len(v)) if len(v) > 1 else math.nan
@@ -50,6 +50,6 @@ def agreement(a, b) -> dict:
     [1, .9, 0, .5, 1, None], [.8, .6, .3, 1, 0, 1] -> n 5, agreement .6, kappa .2857."""
     signs = np.sign(np.array([a, b], float) - 0.5)
     x, y = signs[:, ~np.isnan(signs).any(0)].tolist()
-    equal, chance = sum(map(float.__eq__, x, y)), sum(x.count(s) * y.count(s) for s in {*x})
+    equal, chance = sum(a == b for a, b in zip(x, y)), sum(x.count(s) * y.count(s) for s in {*x})
     kappa = (len(x) * equal - chance) / d if (d := len(x) ** 2 - chance) else math.nan
     return {"n": len(x), "agreement": equal / len(x) if len(x) else math.nan, "kappa": kappa}

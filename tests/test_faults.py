@@ -227,7 +227,7 @@ def interrupted(times):
 
 @pytest.mark.parametrize("fault, status, said, kept", [
     (full_disk, 2, "checkpoint-000002.tmp cannot be written: ", []),
-    (out_of_memory, 1, "; lower --micro_batch or --batch_tokens (", []),
+    (out_of_memory, 1, "; lower --batch_tokens (or --micro_batch) (", []),
     (interrupted(1), 130, "stopped; ", ["checkpoint-000002", "checkpoint-000003"]),
     (interrupted(2), 130, "stopped; ", ["checkpoint-000002"])],
     ids=["disk full", "out of memory", "Ctrl-C: the step ends in a checkpoint", "Ctrl-C twice: at once"])

@@ -795,8 +795,8 @@ def test_what_several_prompts_begin_with_is_read_once(arch):
     hook = model.base_model.register_forward_pre_hook(lambda _, args, kwargs: read.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
     try:
         logp = grpo.token_logprobs(model, prompts, ids, lengths)
-        shared = [(6, 49), (32, 10)] if arch not in ("gemma2", "gemma3") else [(32, 59)]  # their windows want no gaps
-        assert read == [*shared, (33, 3)], "twice nothing, 3 starts, one alone; one prompt is there twice"
+        shared = [(5, 49), (32, 10)] if arch not in ("gemma2", "gemma3") else [(32, 59)]  # their windows want no gaps
+        assert read == [*shared, (33, 3)], "nothing, 3 starts, one alone; one prompt is there twice"
     finally:
         hook.remove()
     want = [alone_logp(model, p, y[:n]) for p, y, n in zip(prompts, ids.tolist(), lengths.tolist())]

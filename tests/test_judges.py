@@ -611,7 +611,7 @@ def test_prompts_with_few_and_many_facts():
     m, n = [row for row in found["means"] if row["measure"] == "facts"]
     assert m == {"model": "m", "measure": "facts", "score": 1, "low": 1, "high": 1, "standard_error": 0, "n": 20}
     assert n["n"] == 15 and {row["n"] for row in found["means"] if row["model"] == "n" and row["measure"] != "missing"} == {15}
-    assert [(row["model"], row["n"]) for row in found["means"] if row["measure"] == "missing"] == [("n", 5)]
+    assert [(row["model"], row["n"]) for row in found["means"] if row["measure"] == "missing"] == [("n", 20)] and evaluate.values_of(rows, [ANSWER] * 15 + [blank] * 5)["missing"].mean() == 0.25
     assert found["differences"][0]["score"] == 0 and found["differences"][0]["p"] == 1 and found["differences"][0]["n"] == 15
     assert evaluate.values_of(rows, [ANSWER] * 10 + [models.Reply("u", True, 1)] * 10)["facts"].mean() == 0.5
 

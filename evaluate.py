@@ -70,11 +70,11 @@ def run_of(path: str) -> tuple:
 def read_options(respond: bool) -> Options:
     """The command line, completed by the folder's evaluation.json; without models and folder it is
     the newest run against what it started from.  ValueError: what is fixed was given otherwise."""
-    parser = HfArgumentParser(Options, allow_abbrev=False)
+    use = "evaluate.py [respond | judge | report] [options]; without a stage: all three"
+    parser = HfArgumentParser(Options, allow_abbrev=False, usage=use)
     [o] = parser.parse_args_into_dataclasses()
     if not (o.models or o.output_dir):
-        run = newest("*/summary.json")
-        made, config = run_of(run)
+        made, config = run_of(run := newest("*/summary.json"))
         o.output_dir = f"{run}/evaluation-{made[-6:]}"
         parser.set_defaults(models=[f"base={config.get('generator')}", f"trained={run}"],
                             prompts=config.get("eval_prompts"), output_dir=o.output_dir,

@@ -19,6 +19,7 @@ from plumbing.prompts import messages_of
 
 TEXT_NAMES = {r"^language_model\.lm_head": "lm_head",  # of multimodal checkpoints, old and new
               r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
+CONTEXT = "max_position_embeddings", "original_max_position_embeddings"  # or longrope's: the less
 TINY = 2e6  # parameters; loading less sets PyTorch to one thread: several wait if a core is busy
 # A text, None if prompt and answer do not fit; whether it had a stop token; its number of tokens
 Reply = namedtuple("Reply", "response stopped tokens", defaults=(None, None, None))
@@ -154,7 +155,7 @@ def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens
     """log p(v_j | x, v_<j) of B answers (lists of ids) to B prompts -> B arrays [N], nats.
     Batches of like length hold at most `batch_tokens` (0: 4,096, on CUDA 65,536); equal rows are
     scored once.  What exceeds the context: a prompt's oldest tokens go (not the first), or NaN."""
-    context, rows = getattr(model.config, "max_position_embeddings", None) or math.inf, []
+    context, rows = min(getattr(model.config, x, None) or math.inf for x in CONTEXT), []
     for prompt, answer in zip(prompts, answers, strict=True):
         before = tuple(chat_ids(tokenizer, prompt))
         over = max(0, len(before) + len(answer) - context)
@@ -178,7 +179,7 @@ class LocalModel:
     last_error, verdict_tokens = "", 1  # a yes or no is the first token of a reply
     def __init__(self, model, tokenizer, *, top_k=0, top_p=1.0, batch_tokens: int = 0):
         self.model, self.tokenizer = model, tokenizer
-        self.context = getattr(model.config, "max_position_embeddings", None) or math.inf
+        self.context = min(getattr(model.config, x, None) or math.inf for x in CONTEXT)
         self.batch_tokens = batch_tokens or (131_072 if model.device.type == "cuda" else 16_384)
         self.stop_ids = find_stop_ids(model, tokenizer)
         self.sampling = {"top_k": top_k, "top_p": top_p, "stop_ids": self.stop_ids}

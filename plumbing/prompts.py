@@ -59,8 +59,7 @@ def items_of(path: str) -> list:
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as f:  # see check_row
         text = f.read()
     if path.endswith(".json"):
-        items = parse_json(path, text)
-        items = items if isinstance(items, list) else [items]
+        items = found if isinstance(found := parse_json(path, text), list) else [found]
         return [(f"{path}: item {n}", item) for n, item in enumerate(items, 1)]
     lines = [(f"{path}:{n}", x.strip()) for n, x in enumerate(text.split("\n"), 1) if x.strip()]
     return lines if path.endswith(".txt") else [(at, parse_json(at, line)) for at, line in lines]

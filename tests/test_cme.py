@@ -4,6 +4,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -354,3 +355,23 @@ def test_a_verifier_with_random_weights():
     text = "Mia lives in Oslo and has a cat."
     random, own = (cme.sequence_rewards(m, tokenizer, ["Tell me about Mia."], [text]).item() for m in (a, known))
     assert abs(random + torch.tensor(float(len(tokenizer))).log().item()) < 1 < own - random
+
+
+def test_longrope_is_read_within_its_original_context():
+    """Beyond it Phi's longrope has other factors for all tokens, those in a cache too: what was wrong there, by nats, is now too long."""
+    rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [8.0] * 4, "original_max_position_embeddings": 40, "rope_theta": 1e4}
+    tokenizer = models.load_tokenizer("toy/cme/verifier")
+    config = transformers.Phi3Config(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0,
+                                     max_position_embeddings=400, original_max_position_embeddings=40, rope_parameters=rope)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    for weights in model.parameters():
+        weights.normal_(0, 0.3) if weights.dim() > 1 else None
+    before = models.chat_ids(tokenizer, "Hi")
+    answers = [[5 + i % 50 for i in range(40 - len(before))], [7] * 41]
+    fits, too_long = models.answer_logprobs(model, tokenizer, ["Hi", "Hi"], answers)
+    logits = model(input_ids=torch.tensor([before + answers[0]]), use_cache=False).logits[0, len(before) - 1:-1]
+    np.testing.assert_allclose(fits, logits.log_softmax(-1).gather(1, torch.tensor(answers[0])[:, None])[:, 0].numpy(), atol=1e-4)
+    assert np.isnan(too_long).all()
+    local = models.LocalModel(model, tokenizer)
+    assert local.context == 40 and local.complete(["Hi"], max_new_tokens=41 - len(before)) == [[None]]

@@ -136,15 +136,30 @@ def test_models_and_tokenizers(tmp_path, few, option, model, status, said):  # n
     assert status == 0 or err.strip().splitlines()[-1].startswith("train.py: ")
 
 
-def test_a_model_without_a_cache_that_rows_can_leave(tmp_path):
-    """LFM2's convolutions keep a state of another kind: said at loading, in one line."""
+MISREAD = {"Lfm2": (dict(layer_types=["conv", "full_attention"]), "batch_select_indices"),       # a cache that rows cannot leave; or can, and its convolutions not
+           "FalconH1": (dict(mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16), "Sizes of tensors"),
+           "Bart": (dict(d_model=32, encoder_layers=2, decoder_layers=2, decoder_attention_heads=2, decoder_ffn_dim=32), "misread"),      # counts padding as places
+           "Gemma3Text": (dict(head_dim=16, use_bidirectional_attention=True), "misread")}                                        # looks ahead
+
+
+@pytest.mark.parametrize("kind", [*MISREAD, "Llama"])
+def test_a_model_that_would_be_misread_is_refused_at_loading(kind, tmp_path):
+    """In one line, by scoring a padded row of a batch from which rows leave; a plain one is not refused."""
     import transformers
-    config = transformers.Lfm2Config(vocab_size=688, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
-                                     layer_types=["conv", "full_attention"])
-    transformers.Lfm2ForCausalLM(config).save_pretrained(tmp_path / "lfm2")
-    models.load_tokenizer(f"{ROOT}/toy/cme/generator").save_pretrained(tmp_path / "lfm2")
-    with pytest.raises(ValueError, match="--generator .*lfm2: no model.*batch_select_indices"):
-        models.load("--generator", str(tmp_path / "lfm2"), "cpu")
+    special, said = MISREAD.get(kind, ({}, ""))
+    config = getattr(transformers, f"{kind}Config")(**dict(vocab_size=688, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+                                                           num_key_value_heads=1, max_position_embeddings=64) | special)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for weights in model.parameters():
+            weights.normal_(0, 0.3) if weights.dim() == 2 else None
+    model.save_pretrained(tmp_path / "model")
+    models.load_tokenizer(f"{ROOT}/toy/cme/generator").save_pretrained(tmp_path / "model")
+    if kind == "Llama":
+        return models.load("--generator", str(tmp_path / "model"), "cpu")
+    with pytest.raises(ValueError, match=f"--generator .*model: no model.*{said}"):
+        models.load("--generator", str(tmp_path / "model"), "cpu")
 
 
 @pytest.mark.parametrize("text", [

@@ -109,7 +109,7 @@ def stepper(model, cache, attend, room: int):
     ...): hidden states [B, 1, D], `room` times.  The cache gets its room at once (transformers' is
     copied for every token), not for windows and ALiBi; on CUDA a step is one graph, unless a model
     waits for the GPU: then draws need a `generator`, as torch's own does not recover from that."""
-    kinds = {layer.is_initialized and type(layer).__name__ for layer in cache.layers}
+    kinds = {type(layer).__name__ for layer in cache.layers}
     if kinds != {"DynamicLayer"} or model.config.model_type in ("bloom", "falcon", "gpt_neo"):
         return lambda token, attend: read(model, token, attend, cache)[0]
     L, on, cuda = attend.shape[1], attend.device.type, attend.is_cuda

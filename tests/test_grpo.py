@@ -1276,21 +1276,3 @@ def test_a_template_that_refuses_the_prompt_is_a_clear_error():
     models.chat_ids(tokenizer, "Hi")
     with pytest.raises(ValueError, match="System role not supported"):
         models.chat_ids(tokenizer, [{"role": "system", "content": "Be brief."}])
-
-
-def test_a_cache_with_layers_that_hold_nothing():
-    """MiniMax's linear attention keeps its state beside the cache, whose layers there stay empty."""
-    config = transformers.MiniMaxConfig(vocab_size=50, head_dim=8, num_local_experts=2, num_experts_per_tok=1, block_size=8,
-                                        layer_types=["full_attention", "linear_attention"] * 2, **SIZES | {"num_hidden_layers": 4})
-    torch.manual_seed(0)
-    model = transformers.MiniMaxForCausalLM(config).eval()
-    with torch.no_grad():
-        for weights in model.parameters():
-            weights.normal_(0, 0.3) if weights.dim() == 2 else None
-        prompts = [[3, 4, 5], [7, 8, 9, 10, 11]]
-        ids, lengths = grpo.sample(model, prompts, 2, max_new_tokens=8, stop_ids=[0], temperature=0)
-        for b, (y, n) in enumerate(zip(ids.tolist(), lengths.tolist())):
-            row = list(prompts[b // 2])
-            for token in y[:n]:
-                assert model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1].argmax() == token
-                row.append(token)

@@ -1,4 +1,4 @@
-"""One step of examples/trl_cme.py on completions that are given: its averaged gradient, to a file. Run by test_examples.py, on one process and on two."""
+"""One step of examples/trl_cme.py on completions that are given, for each size of a group: its averaged gradient, to a file. Run by test_examples.py, on one process and on two."""
 import os
 import sys
 from pathlib import Path
@@ -29,7 +29,7 @@ def given(prompts, trainer):
 class Keep(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **_):
         if args.process_index == 0:
-            torch.save({name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters()}, sys.argv[1])
+            torch.save({name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters()}, sys.argv[1] + str(args.num_generations))
 
 
 def main(group: int):
@@ -44,7 +44,8 @@ def main(group: int):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[2]))
+    for group in (4, 8):
+        main(group)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         os._exit(0)                                    # gloo's threads now and then abort a process that has done its work as it ends ("terminate called ...")

@@ -76,7 +76,7 @@ def _check_spans(name, spans):
 
 def visible(text, spans):
     """Which tokens show something: False for whitespace-only, special and zero-width ones (masked).
-    spans [T, 2] in characters of text -> bool [T].  Some bytes of a character show it.
+    spans [T, 2] in characters of text -> bool [T].  Part of a visible character is visible.
     Whitespace is what `str.isspace` says.  ValueError: spans that leave the text, or overlap.
     >>> visible("Hi  you", [[0, 2], [2, 3], [3, 7], [7, 7]])  # `Hi`, ` `, ` you`, a special token
     array([ True, False,  True, False])"""
@@ -99,17 +99,17 @@ def spans_from_ids(tokenizer, ids):
     GPT-2 samples "a🙂" as `a`, `ðŁĻ` (three bytes of the emoji), `Ĥ` (the fourth), then stops: spans
     [[0, 1], [1, 1.75], [1.75, 2], [2, 2]].  Cut off before `Ĥ`: text "a\\ufffd", [[0, 1], [1, 2]].
     ValueError: a tokenizer without a fast backend; a decoder not known here; an id < 0."""
-    pieces, ids = _pieces(tokenizer), ids.tolist() if hasattr(ids, "tolist") else ids
+    pieces, ids = _pieces(tokenizer), (ids.tolist() if hasattr(ids, "tolist") else ids)
     return _spans_of_bytes([pieces[i] for i in ids], pieces.drops_prefix)
 
 
 def spans_from_text(tokenizer, text):
     """Ids and spans of a text that is given, for a verifier to score.
     text -> ids, a list of N, and spans float64 [N, 2], which tile [0, len(text)] if N > 0.
-    No special token is added; the spelling of one ("</s>") is text.  Spans are those of the ids'
-    bytes when these give the text back: "e🙂" as `▁ e F0 9F 99 82` has [0, 0] [0, 1] [1, 1.25]
-    [1.25, 1.5] [1.5, 1.75] [1.75, 2].  Where the tokenizer changed the text (NFC, lower case) the
-    library says where a token begins; it ends where the next begins (equal: the last has width).
+    No special token is added; the spelling of one ("</s>") is text, but to a Unigram.  Spans are
+    the ids' bytes' where these give the text back: "e🙂" as `▁ e F0 9F 99 82` has [0, 0] [0, 1]
+    [1, 1.25] [1.25, 1.5] [1.5, 1.75] [1.75, 2].  Where the tokenizer changed it (NFC, lower case)
+    the library says where tokens begin; one ends where the next begins (if at once, no width).
     ValueError: as for spans_from_ids; a lone surrogate in the text (UnicodeEncodeError)."""
     text.encode("utf-8")  # raises on a lone surrogate
     pieces = _pieces(tokenizer)
@@ -123,7 +123,7 @@ def spans_from_text(tokenizer, text):
             return encoding.input_ids, spans
     begin = [start for start, _ in encoding.offset_mapping]  # NFC may reorder them
     edge = np.maximum.accumulate(begin + [len(text)], dtype=float)  # [N + 1]
-    edge[:1] = 0
+    edge[0] = 0  # whatever the library says, they tile the text
     return encoding.input_ids, np.stack([edge[:-1], edge[1:]], axis=1)
 
 
@@ -148,7 +148,7 @@ def _spans_of_bytes(parts, drop_prefix=False):
 
 
 def _pieces(tokenizer):
-    """The tokenizer's table of id -> bytes, made anew when its decoder or its tokens change."""
+    """The table of id -> bytes, anew if decoder, size or named special tokens change."""
     name, backend = type(tokenizer).__name__, getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or backend.decoder is None:
         raise ValueError(f"{name} has no fast backend with a decoder")
@@ -162,9 +162,9 @@ class _Pieces(dict):
     How tokens are spelled is in tokenizer.json's decoder.  ByteLevel: GPT-2's stand-ins for bytes.
     Metaspace, or Replace ▁ by a space: SentencePiece, where `<0x0A>` may be a byte (fallback)."""
     def __init__(self, name, backend, decoder, named, size):
-        self.backend, self.added = backend, backend.get_added_tokens_decoder()  # id -> AddedToken
-        self.special = {i for i, t in self.added.items() if t.special or i in named}
-        self.space, self.drops_prefix = None, False
+        self.backend, self.space, self.drops_prefix = backend, None, False
+        added = backend.get_added_tokens_decoder().items()
+        self.special = {*named, *(i for i, t in added if t.special)}
         decoder = json.loads(decoder)
         steps = decoder.get("decoders", [decoder])  # of a Sequence, or the only one
         kinds = [step["type"] for step in steps]
@@ -173,15 +173,14 @@ class _Pieces(dict):
                 self.space = step["replacement"]
                 self.drops_prefix = step.get("prepend_scheme", "always") != "never"
             elif kind == "Replace" and step["content"] == " ":
-                self.space = step["pattern"]["String"]
+                self.space = step["pattern"].get("String")
             elif kind == "Strip" and step["start"] == 1:
                 self.drops_prefix = True
             elif kind not in ("ByteLevel", "ByteFallback", "Fuse"):
                 raise ValueError(f"{name}: decoder step {step} is not known to align._Pieces")
-        if ("ByteLevel" in kinds) + (self.space is not None) != 1:
+        if ("ByteLevel" in kinds) == (self.space is not None):  # both, or neither
             raise ValueError(f"{name}: decoder {kinds} is neither byte-level nor SentencePiece")
-        self.byte_fallback = "ByteFallback" in kinds
-        self.byte_of = _byte_alphabet() if "ByteLevel" in kinds else None
+        self.fallback, self.byte_of = "ByteFallback" in kinds, {} if self.space else _alphabet()
 
     def __missing__(self, i):
         if i < 0:
@@ -189,16 +188,16 @@ class _Pieces(dict):
         token = self.backend.id_to_token(i)
         if token is None or i in self.special:
             piece = b""
-        elif self.byte_of and i not in self.added and self.byte_of.keys() >= set(token):
+        elif set(token) <= self.byte_of.keys() and self.backend.model.id_to_token(i) == token:
             piece = bytes(map(self.byte_of.get, token))
-        elif self.byte_fallback and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
+        elif self.fallback and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token):
             piece = bytes.fromhex(token[3:5])
         else:
             piece = token.replace(self.space or " ", " ").encode()
         return self.setdefault(i, piece)
 
 
-def _byte_alphabet():
+def _alphabet():
     """GPT-2's character -> byte: printable Latin-1 is itself, the 68 other bytes are U+0100 on."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]

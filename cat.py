@@ -89,7 +89,7 @@ def majority_vote(prompts: list, rollouts: list) -> list:
     came first: 7, 8, none, 8 -> the second rollout; 7, 8 -> the first; none at all -> None."""
     keys = [[answer_key(y) for y in group] for group in rollouts]
     best = [max(filter(None, row), key=row.count, default=None) for row in keys]
-    return [key and y[row.index(key)] for key, row, y in zip(best, keys, rollouts)]
+    return [y[row.index(key)] if key else None for key, row, y in zip(best, keys, rollouts)]
 
 
 def best_by(score, prompts: list, rollouts: list) -> list:
@@ -110,8 +110,9 @@ def estimators(model, *, seed: int = 0, **settings) -> dict:
 ARG = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # a braced group, up to two more levels inside
 RULES = [  # (pattern, what takes its place): one by one, again and again, until nothing changes
     (r"\^\{\\circ\}|\\degree|°|\\?[%$]|(?<![., ])[.,]\Z", ""),  # 90^{\circ} -> 90, \$5. -> 5
-    (r"(?<=\d)(?:\{,\}|,\\!|\\,)(?=\d{3}(?!\d))", ""),  # 10{,}000 -> 10000
-    (r"(\\\\)|\\(?:left|right)(?![a-zA-Z])|\\(?:[!,;: ]|\Z)|~", r"\1 "),  # \left( -> (, not \\
+    (r"(?<=\d)\^\{?\\(?:text|mathrm)\{(?:st|nd|rd|th)\}\}?", ""),  # 12^{\text{th}} -> 12
+    (r"(?<=\d)(?:\{,\}|,\\! ?|\\,)(?=\d{3}(?!\d))", ""),  # 10{,}000 -> 10000
+    (r"(\\\\)|\\(?:left|right|displaystyle)(?![a-zA-Z])|\\(?:[!,;: ]|\Z)|~", r"\1 "),  # not \\
     (r"(^.*(?:[(\[]|\\\{).*)|(?<![\d.,])[1-9]\d{0,2}(?:,\d{3})+(?!,?\d)",
      lambda m: m[1] or m[0].replace(",", "")),  # 1,000 -> 1000, but (1,000) stays
     (r" (?!\d)|(?<!\d) ", ""),  # x + 1 -> x+1, but 1 1/2 stays
@@ -119,12 +120,13 @@ RULES = [  # (pattern, what takes its place): one by one, again and again, until
     (r"\\[dt]frac", r"\\frac"),  # \dfrac12 -> \frac12
     (r"(\\sqrt|\\frac|[\^_])([a-zA-Z0-9]|\\(?!frac|sqrt)[a-zA-Z]+)", r"\1{\2}"),  # x^2 -> x^{2}
     (rf"(\\frac{ARG})([a-zA-Z0-9]|\\[a-zA-Z]+)", r"\1{\3}"),  # \frac{1}2 -> \frac{1}{2}
-    (r"(?<![^(\[{,=+\-&\\ ])(\d+)/(\d+)(?=\Z|[)\]},+\-&]|\\[}\\])", r"\\frac{\1}{\2}"),  # not 1/2x
+    (r"(?<![^(\[{},=+\-&\\ ])(\d+|\d*\\(?:pi|sqrt\{\d+\}))/(\d+)(?=\Z|[)\]},+\-&]|\\[}\\e])",
+     r"\\frac{\1}{\2}"),  # 1/2 and \pi/2, not 1/2x
     (r"(?<![\w.)}\]])\.(?=\d)", "0."),  # .5 -> 0.5
     (r"^(?=-?[\d.]+\Z)(-?)0+(?=\d)", r"\1"),  # 025 -> 25, but 0.5 stays
-    (r"(\d|\{\d+\})\\(?:text|mbox)\{[^{}]*\}(?:\^\{\d\})?\Z", r"\1"),  # 5\text{ cm}^{2} -> 5
-    (r"^[a-zA-Z]{1,2}=([^=]+)\Z", r"\1"),  # x=5 -> 5
-    (r"^\((-?[\w.]+)\)\Z", r"\1"),  # (C) -> C, but (1, 2) stays
+    (r"(\d|\{\d+\}|\\pi)\\(?:text|mbox)\{(?!i\}|(?i:[ap]\.?m)\b|.illion)[^{}\d]*\}(?:\^\{\d\})?\Z",
+     r"\1"),  # 5\text{ cm}^{2} -> 5, but 9\text{ a.m.} stays
+    (r"^[a-zA-Z]{1,2}(?:=|\\in(?=[(\[]))([^=]+)\Z|^\((-?[\w.]+)\)\Z", r"\1\2"),  # x=5, (5) -> 5
     (rf"^\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|mbox|boxed){ARG}\Z", r"\1")]  # \text{C} -> C
 
 
@@ -136,10 +138,10 @@ def boxed_answer(text: str) -> str | None:
     box, starts = None, []  # of every open brace: where its box's content starts, None = no box
     for token in re.finditer(r"(\\{1,2}boxed\s*\{)|\\[\s\S]|[{}]", text):
         if token[1] or token[0] == "{":
-            starts.append(token[1] and token.end())
+            starts.append(token.end() if token[1] else None)
         elif token[0] == "}" and starts and (start := starts.pop()):
             box = slice(start, token.start())  # of nested boxes, the outermost is last
-    return box and text[box]
+    return text[box] if box else None
 
 
 def normal_answer(answer: str) -> str:
@@ -202,8 +204,8 @@ def decide(asks: list, model, *, read=read_verdict, max_new_tokens: int = 512) -
     if read is read_verdict:
         max_new_tokens = min(max_new_tokens, getattr(model, "verdict_tokens", max_new_tokens))
     for temperature in (0.0, 1.0):  # greedy; what could not be read, once more
-        missing, settings = [x for x in found if found[x] is None], {"temperature": temperature}
-        replies = missing and model.complete(missing, max_new_tokens=max_new_tokens, **settings)
+        missing, how = [x for x in found if found[x] is None], {"temperature": temperature}
+        replies = model.complete(missing, max_new_tokens=max_new_tokens, **how) if missing else []
         found |= {x: read(reply) for x, [reply] in zip(missing, replies)}
         if unread := [reply for x, [reply] in zip(missing, replies) if found[x] is None]:
             model.last_error = model.last_error or f"it wrote {one_line(unread[0])[:99]!r}"
@@ -247,13 +249,13 @@ def rubric_rewards(verdicts: list, points=None) -> torch.Tensor:
 
 
 def judge_skill(references: list, rubrics: list, model) -> float:
-    """How well a judge reads, without labels: a reference's own criteria are true of it, those of
-    the next, unless its own too, false -> the share that it finds so; NaN of one.  A coin: .5."""
+    """How well a judge reads, without labels: a reference's own criteria should be true of it, the
+    next one's (if not its own too) false -> share of right verdicts; NaN of one.  A coin: .5."""
     rows = [(s, rubric) for s, rubric in zip(references, rubrics) if s and rubric]
-    both = [(s, c, c in own) for (s, own), (_, others) in zip(rows, rows[1:] + rows[:1])
-            for c in dict.fromkeys(own + others)]
-    said = zip(decide([judge_prompt(s, c) for s, c, _ in both], model), both)
-    right = [verdict is true for verdict, (_, _, true) in said]
+    asks = [(judge_prompt(s, c), c in own) for (s, own), (_, others) in
+            zip(rows, rows[1:] + rows[:1]) for c in dict.fromkeys(own + others)]
+    verdicts = decide([prompt for prompt, _ in asks], model)
+    right = [verdict is expected for verdict, (_, expected) in zip(verdicts, asks)]
     return sum(right) / len(right) if rows[1:] else math.nan
 
 

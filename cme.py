@@ -7,7 +7,7 @@ log-probabilities (nats) are the reward: carried to the generator's tokens by ch
 Deliberate departures from the paper:
  1. `credit="word"` is ours: each token gets the sum of its whole word, as any piece may have been
     the choice, and the verifier may pay at the space before it.  `score_stop` is ours too.
- 2. A prompt too long for the verifier loses its oldest tokens (not BOS), a response its reward."""
+ 2. Too long for the verifier: a prompt loses its oldest tokens (not BOS), a response its reward."""
 
 import re
 
@@ -56,7 +56,7 @@ def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: li
     rows, stopped = without_stop(ids, lengths, stop_ids)
     generated = [spans_from_ids(generator_tokenizer, y) for y in rows]  # B x (text, [T, 2])
     read = [spans_from_text(verifier_tokenizer, text) for text, _ in generated]  # B x (ids, [N, 2])
-    answers = [v_ids + end * has for (v_ids, _), has in zip(read, stopped)]
+    answers = [v_ids + (end if has else []) for (v_ids, _), has in zip(read, stopped)]
     scored = answer_logprobs(verifier, verifier_tokenizer, prompts, answers)
     rewards, mask = np.zeros(ids.shape, np.float32), np.zeros(ids.shape, bool)
     for i, ((text, target), (_, source)) in enumerate(zip(generated, read)):
@@ -64,8 +64,8 @@ def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: li
         if np.isnan(scored[i]).any():  # beyond the verifier's context
             continue
         rewards[i, :T], mask[i, :T] = aligned_rewards(scored[i][:N], source, text, target, credit)
-        last = slice(T, T + len(scored[i]) - N)  # the stop that is scored, or nothing
-        rewards[i, last], mask[i, last] = scored[i][N:], True
+        if len(scored[i]) > N:  # the stop, the response's token T, was scored too
+            rewards[i, T], mask[i, T] = scored[i][N], True
     return torch.from_numpy(rewards).to(ids.device), torch.from_numpy(mask).to(ids.device)
 
 

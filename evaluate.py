@@ -63,7 +63,7 @@ def run_of(path: str) -> tuple:
     estimator, folder = ESTIMATOR.fullmatch(path).groups("")
     config, summary = read_json(f"{folder}/config.json"), read_json(f"{folder}/summary.json")
     best = summary.get("model", "").rpartition("/")[2]  # the last one's name, or the best one's
-    made = sorted(checkpoints(folder), key=lambda checkpoint: checkpoint.endswith(best))
+    made = [path for path in checkpoints(folder) if path.endswith(best)] or checkpoints(folder)
     return (estimator + made[-1], config) if made and "reward" in config else (path, {})
 
 
@@ -78,14 +78,17 @@ def read_options(respond: bool) -> Options:
         o.output_dir = f"{run}/evaluation-{made[-6:]}"
         parser.set_defaults(models=[f"base={config.get('generator')}", f"trained={run}"],
                             prompts=config.get("eval_prompts"), output_dir=o.output_dir,
-                            max_new_tokens=config.get("max_new_tokens"))
+                            max_new_tokens=config.get("max_new_tokens", o.max_new_tokens))
     saved = read_json(f"{o.output_dir}/evaluation.json")
     answered = saved.pop("models", {})
     parser.set_defaults(**saved)
     [o] = parser.parse_args_into_dataclasses()
     if wrong := [x for x in o.models + o.judge if not re.fullmatch(r"\w[\w.-]*=.+", x)]:
         raise ValueError(f"--models, --judge: {wrong[0]} must be NAME=..., of letters, digits, .-_")
+    given, sizes = len(o.models + o.judge), (o.max_new_tokens, o.group_size, o.judge_tokens)
     o.models, o.judge = (dict(x.split("=", 1) for x in of) for of in (o.models, o.judge))
+    if len(o.models) + len(o.judge) < given or min(sizes) < 1 or not 0 <= o.temperature < 1e9:
+        raise ValueError("each NAME once; --temperature 0 or more; tokens, --group_size 1 or more")
     o.models = answered | {name: run_of(path)[0] for name, path in o.models.items()}
     for name, value in (saved | answered).items():
         if value not in (o.models.get(name), getattr(o, name, None)):
@@ -119,11 +122,11 @@ def measures(row: dict, text: str, stopped, tokens) -> dict:
         for name in ("facts", f"facts_{fact.get('kind')}"):
             right[name].append(fact_right(text, fact))
     if row["answer"] is not None:
-        same = cat.answer_key(text) == cat.normal_answer(row["answer"]) != ""
-        right["accuracy"] = right[f"accuracy_{row['kind']}"] = [same]
+        key, true = cat.answer_key(text), cat.normal_answer(row["answer"])
+        right["accuracy"] = right[f"accuracy_{row['kind']}"] = [key == true and key != ""]
     if row["pattern"]:
         right["valid"] = [stopped is not False and bool(re.fullmatch(row["pattern"], text))]
-    found = {name: sum(v) / len(v) for name, v in right.items() if name[-5:] != "_None"}  # no kind
+    found = {name: sum(v) / len(v) for name, v in right.items() if not name.endswith("_None")}
     return found | {"stopped": stopped, "tokens": tokens, "characters": len(text)}
 
 
@@ -215,11 +218,11 @@ def judge(o: Options, name: str, tasks: dict):
 
 def compare(known: dict, x: str, y: str, n: int) -> dict:
     """x over y, and first shown over second, by a judge's {task: first's worth}; {} if none."""
-    found = {task: p for task, p in known.items() if {*task[1]} == {x, y}}
-    over = {i: p if shown[0] == x else 1 - p for (i, shown, _), p in found.items()}
-    p, first = [over.get(i) for i in range(n)], estimate([*found.values()])
+    found = {task: w for task, w in known.items() if set(task[1]) == {x, y}}
+    over = {i: w if shown[0] == x else 1 - w for (i, shown, _), w in found.items()}
+    w, first = [over.get(i) for i in range(n)], estimate(list(found.values()))
     first = {f"first_shown_{k}": first[k] for k in ("score", "low", "high")}
-    return win_rate(p) | {"p": sign_permutation(np.array(p, float) - 0.5)} | first if found else {}
+    return win_rate(w) | {"p": sign_permutation(np.array(w, float) - 0.5)} | first if found else {}
 
 
 def make_report(rows: list, responses: dict, judges: dict) -> dict:
@@ -251,10 +254,10 @@ def make_report(rows: list, responses: dict, judges: dict) -> dict:
 def markdown(report: dict) -> str:
     """report.json for the eye."""
     text = ""
-    for title, rows in report.items():
+    for title, rows in [(title, rows) for title, rows in report.items() if rows]:
         cells = [[f"{v:.3f}" if isinstance(v, float) else str(v) for v in r.values()] for r in rows]
-        lines = [rows[0], ["---"] * len(rows[0]), *cells] if rows else []
-        text += f"\n{title}:\n\n" * bool(rows) + "".join(f"| {' | '.join(x)} |\n" for x in lines)
+        lines = [rows[0], ["---"] * len(rows[0]), *cells]  # first the names of the columns
+        text += f"\n{title}:\n\n" + "".join(f"| {' | '.join(x)} |\n" for x in lines)
     return text
 
 
@@ -281,11 +284,11 @@ def respond(o: Options, name: str, rows: list):
         return
     estimator, where = ESTIMATOR.fullmatch(o.models[name]).groups("")
     model = LocalModel(*load(f"--models {name}", where, o.device), batch_tokens=o.batch_tokens)
-    saved["models"] = read_json(file).get("models", {}) | {name: o.models[name]}
     for i in progress(range(len(done), len(rows), PART), desc=name):
         replies = answers(model, estimator[:-1], rows[i : i + PART], o, 2 * (o.seed + i))
-        if not done:  # it can answer
-            write_atomically(file, json.dumps(saved))  # first: now the folder is ours
+        if not done:  # it can answer; first of all the folder is ours, others' models may be in it
+            saved["models"] = read_json(file).get("models", {}) | {name: o.models[name]}
+            write_atomically(file, json.dumps(saved))
             write_lines(f"{o.output_dir}/prompts.jsonl", rows)
         done += [reply._asdict() for reply in replies]
         write_lines(path, done)
@@ -310,7 +313,7 @@ def report(o: Options, rows: list, responses: dict, tasks: dict):
 
 
 def main():
-    stages = [sys.argv.pop(1)] if sys.argv[1:2] and sys.argv[1] in STAGES else STAGES
+    stages = [sys.argv.pop(1)] if len(sys.argv) > 1 and sys.argv[1] in STAGES else STAGES
     o, responses = read_options("respond" in stages), {}
     there = os.listdir(o.output_dir) if os.path.isdir(o.output_dir) else []
     if {*there} - {"evaluation.json.tmp"} and "evaluation.json" not in there:

@@ -1,6 +1,6 @@
 """GRPO, written out: sampling, token log-probabilities, advantages, loss (Shao et al., 2024).
 
-A `model` is a causal language model of transformers, a prompt a list of ids; all else are tensors.
+A `model` is a causal language model of transformers, a prompt a list of ids, responses are tensors.
 Letters, in the whole project: P prompts, G responses per prompt, B = P * G rows (the G of a prompt
 adjacent), T generator tokens of a response (right-padded), N verifier tokens, V vocabulary, D the
 model's width, L padded length (align.py: characters), K tokens of a batch.  Masks: from lengths.
@@ -14,7 +14,7 @@ Deliberate departures from the papers:
 
 import contextlib
 from functools import partial
-from os.path import commonprefix
+from os.path import commonprefix  # of any lists, not only of paths
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +48,7 @@ def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torc
     top_k (ties with the k-th stay), then top_p, on the tempered distribution: the smallest set of
     most probable tokens whose mass reaches top_p; of (.5, .3, .2), .8 keeps two, .4 one.
     FloatingPointError: NaN or +inf (-inf forbids a token).  ValueError: settings out of range."""
-    if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
+    if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: out of range")
     if not logits.amax(-1).isfinite().all():
         raise FloatingPointError("the model's logits are not finite: its weights have blown up")
@@ -61,7 +61,7 @@ def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torc
         ordered, order = logits.softmax(-1).sort(descending=True, stable=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # the mass before this token suffices
         logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
-    upto = logits.softmax(-1).cumsum(-1)  # [B, V]; one u per row falls on a token of width > 0
+    upto = logits.softmax(-1).cumsum(-1)  # [B, V]; right=True: never a token of probability 0
     u = torch.rand(len(logits), 1, generator=generator, device=logits.device) * upto[:, -1:]
     return torch.searchsorted(upto, u, right=True)[:, 0]
 
@@ -81,18 +81,18 @@ def prefill(model, prompt_ids: list, prompt_of: torch.Tensor):
     """Reads P prompts, left-padded, each once, and only once what several begin with: sorted, one
     joins those before it if they share more than half.  prompt_of [B]: the number of a row's prompt
     -> hidden state of each row's last token [B, 1, D], a cache of B rows, attention mask [B, L]."""
-    heads, head_of = [[]], [0] * len(prompt_ids)
+    heads, head_of = [], [0] * len(prompt_ids)
     for i in sorted(range(len(prompt_ids)), key=lambda i: list(prompt_ids[i])):
-        head = list(prompt_ids[i][:-1])
-        common, more = commonprefix([heads[-1], head]), max(len(heads[-1]), len(head))
-        heads[-1:] = [common] if 2 * len(common) > more else [heads[-1], head]
-        head_of[i] = len(heads) - 2  # the first, [], is nobody's
-    heads, tails = heads[1:], [p[len(heads[h + 1]) :] for p, h in zip(prompt_ids, head_of)]
+        head, last = list(prompt_ids[i][:-1]), heads[-1] if heads else []
+        common, longer = commonprefix([last, head]), max(len(last), len(head))
+        heads = [*heads[:-1], common] if 2 * len(common) > longer else [*heads, head]
+        head_of[i] = len(heads) - 1
+    tails = [prompt[len(heads[h]) :] for prompt, h in zip(prompt_ids, head_of)]
     saved = sum(map(len, prompt_ids)) - sum(map(len, heads + tails))
     config = model.config.get_text_config()
     kinds = {*(getattr(config, "layer_types", 0) or ()), getattr(config, "sliding_window", None)}
     if saved < 1000 or kinds - {"full_attention", None} or config.model_type in ("gpt_neo", "mpt"):
-        heads, head_of, tails = [[]], [0] * len(prompt_ids), prompt_ids  # windows, ALiBi count gaps
+        heads, head_of, tails = [[]], [0] * len(prompt_ids), prompt_ids  # these would count padding
     attend, cache = torch.zeros(len(heads), 0, dtype=int, device=model.device), None
     for rows, of in ((heads, head_of), (tails, prompt_of)):
         ids, lengths = pad([row[::-1] for row in rows], model.device)
@@ -107,8 +107,8 @@ def prefill(model, prompt_ids: list, prompt_of: torch.Tensor):
 def stepper(model, cache, attend, room: int):
     """A cache of L tokens, attend [B, L] -> step(token [B, 1], attend [B, L + 1], then [B, L + 2]
     ...): hidden states [B, 1, D], `room` times.  The cache gets its room at once (transformers' is
-    copied for every token), not for windows and ALiBi; on CUDA a step is one graph, unless a model
-    waits for the GPU: then draws need a `generator`, as torch's own does not recover from that."""
+    copied for every token), not for windows, Bloom, Falcon; on CUDA a step is one graph, unless the
+    model synchronises with the GPU: then draws need a `generator`, as torch's own stays broken."""
     kinds = {type(layer).__name__ for layer in cache.layers}
     if kinds != {"DynamicLayer"} or model.config.model_type in ("bloom", "falcon", "gpt_neo"):
         return lambda token, attend: read(model, token, attend, cache)[0]
@@ -120,13 +120,13 @@ def stepper(model, cache, attend, room: int):
     position, at = attend.sum(1, keepdim=True), torch.tensor([L], device=attend.device)
     token = torch.zeros_like(position)  # [B, 1]; a graph reads these very tensors: changed in place
     def put(kept, *new, **_):  # instead of DynamicLayer.update, which copies all
-        for x, of in zip(kept, new):
-            x.index_copy_(2, at, of.to(dtype))
+        for buffer, values in zip(kept, new):
+            buffer.index_copy_(2, at, values.to(dtype))
         return [x[:, :, :end] for x in kept]
-    for layer in cache.layers:  # after rows have left, x has its room already: 0 are added
+    for layer in cache.layers:  # not the first stepper: x has its room already, 0 are added
         layer.keys, layer.values = kept = [F.pad(x.to(dtype), (0, 0, 0, L + room - x.shape[2]))
                                            for x in (layer.keys, layer.values)]
-        layer.update = partial(put, kept)  # of tensors: a cycle would keep the memory
+        layer.update = partial(put, kept)  # not layer: a reference cycle would keep the memory
     def forward():
         inputs = {"input_ids": token, "position_ids": position, "attention_mask": mask[..., :end]}
         return model.base_model(**inputs, past_key_values=cache, use_cache=True)[0]
@@ -144,7 +144,7 @@ def stepper(model, cache, attend, room: int):
         nonlocal end
         token.copy_(new)
         mask.index_fill_(3, at, 0)
-        end += not cuda
+        end += 0 if cuda else 1
         hidden = run()
         position.add_(1), at.add_(1)
         return hidden
@@ -160,9 +160,9 @@ def sample(model, prompt_ids: list, group_size: int, *, max_new_tokens: int, sto
     batch once they are an eighth of it, on CUDA half.  ValueError: an empty prompt."""
     if not prompt_ids or not all(prompt_ids) or min(group_size, max_new_tokens) < 1:
         raise ValueError("sample needs prompts, tokens in each, group_size and max_new_tokens > 0")
-    row = torch.arange(len(prompt_ids) * group_size, device=model.device)  # of `ids`, in the batch
+    row = torch.arange(len(prompt_ids) * group_size, device=model.device)  # its place in `ids`
     hidden, cache, attend = prefill(model, prompt_ids, row // group_size)
-    step = max_new_tokens > 1 and stepper(model, cache, attend, max_new_tokens)
+    step = stepper(model, cache, attend, max_new_tokens) if max_new_tokens > 1 else None
     ids = torch.zeros(len(row), max_new_tokens, dtype=torch.long, device=model.device)
     lengths, stop = torch.zeros_like(row), torch.tensor(stop_ids, device=model.device)
     running = torch.ones_like(row, dtype=torch.bool)
@@ -174,8 +174,8 @@ def sample(model, prompt_ids: list, group_size: int, *, max_new_tokens: int, sto
         left = int(running.sum())
         if left == 0 or t + 1 == max_new_tokens:
             break
-        if 8 * left <= (4 if ids.is_cuda else 7) * len(row):
-            keep, step = running.nonzero()[:, 0], None  # its memory goes before the new one's
+        if len(row) - left >= len(row) / (2 if ids.is_cuda else 8):  # enough have ended
+            keep, step = running.nonzero()[:, 0], None  # frees the old step before the new one
             cache.batch_select_indices(keep)
             row, token, attend, running = row[keep], token[keep], attend[keep], running[keep]
             step = stepper(model, cache, attend, max_new_tokens - t)
@@ -201,34 +201,34 @@ def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, en
     fits = len(prompt_ids) == len(lengths) == B > 0 and all(prompt_ids) and int(lengths.max()) <= T
     if not fits or temperature <= 0:
         raise ValueError("token_logprobs: B prompts, none empty; lengths [B] <= T; temperature > 0")
-    number = {}  # a prompt is read once for all of its responses
+    number, longest = {}, int(lengths.max())  # a prompt is read once for all of its responses
     prompt_of = [number.setdefault(tuple(p), len(number)) for p in prompt_ids]
     hidden, cache, attend = prefill(model, list(number), torch.tensor(prompt_of, device=ids.device))
-    if (n := int(lengths.max()) - 1) > 0:
-        y = torch.where(response_mask(lengths, T), ids, 0)[:, :n]
+    if longest > 1:  # the last token of a response predicts nothing: it is not read
+        y = torch.where(response_mask(lengths, T), ids, 0)[:, : longest - 1]
         attend = torch.cat([attend, torch.ones_like(y)], 1)
         hidden = torch.cat([hidden, read(model, y, attend, cache)[0]], 1)
-    row, t = response_mask(lengths, n + 1).nonzero(as_tuple=True)  # [K] each
+    row, t = response_mask(lengths, longest).nonzero(as_tuple=True)  # [K] each
     hidden, target = hidden[row, t], ids[row, t]  # [K, D], [K]: the state before y_t, and y_t
-    head, most = model.get_output_embeddings(), 2 ** (27 if ids.is_cuda else 25)
-    chunk, parts = chunk or max(1, most // max(1, len(row))), [()]
+    head, parts = model.get_output_embeddings(), [()]  # (): one part, the whole vocabulary
+    chunk = chunk or max(1, 2 ** (27 if ids.is_cuda else 25) // max(1, len(row)))
     if type(head) is torch.nn.Linear and chunk < len(head.weight):  # an adapter's is used whole
-        parts = [*zip(*(x.split(chunk) for x in (head.weight, head.bias) if x is not None))]
+        parts = list(zip(*(x.split(chunk) for x in head.parameters())))  # weight (and bias) of each
     def score(first, *part):
         logits = model_logits(model, hidden, *part)  # [K, chunk]
         logits = logits if temperature == 1 else logits / temperature
-        logits = logits if part else logits.log_softmax(-1)  # of these the log-sum-exp is 0
+        logits = logits if part else logits.log_softmax(-1)  # whole: log-sum-exp 0
         total = logits.logsumexp(-1) if part else logits.new_zeros(len(row))
         found = logits.gather(-1, (target - first).clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
         x, z = logits.detach(), total.detach()[:, None]
-        expected = (x - z).exp_().mul_(x) if entropy else z  # p times logit; 0 times -inf is 0
+        expected = (x - z).exp_().mul_(x) if entropy else z  # p · logit; NaN: 0 · -inf, left out
         return found, total, expected.nansum(-1)
     if len(parts) > 1 and torch.is_grad_enabled():
         score = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
     scored = zip(*[score(i * chunk, *part) for i, part in enumerate(parts)])
     found, total, expected = map(torch.stack, scored)  # [parts, K] each
     log_z = total.logsumexp(0)  # [K]
-    entropies = log_z.detach() - ((total - log_z).detach().exp() * expected).sum(0)
+    entropies = log_z.detach() - ((total - log_z).detach().exp() * expected).sum(0)  # log Z - E[x]
     found = found.gather(0, (target[None] // chunk).clamp(max=len(parts) - 1))[0] - log_z
     zeros = torch.zeros(B, T, device=ids.device)
     logp, entropies = (zeros.index_put((row, t), values) for values in (found, entropies))

@@ -95,11 +95,9 @@ class Options:
 
 def prompts_of_step(prompts: list, per_step: int, seed: int, step: int) -> list:
     """The P prompts of a step: all are gone through again and again, each time in another order."""
-    n, chosen = len(prompts), []
-    for i in range(step * per_step, (step + 1) * per_step):
-        noise = torch.Generator().manual_seed(seed * 100_003 + i // n)
-        chosen.append(prompts[torch.randperm(n, generator=noise)[i % n]])
-    return chosen
+    n, noise = len(prompts), torch.Generator()
+    order = lambda epoch: torch.randperm(n, generator=noise.manual_seed(seed * 100_003 + epoch))
+    return [prompts[order(i // n)[i % n]] for i in range(step * per_step, (step + 1) * per_step)]
 
 
 def learning_rate(o: Options, step: int) -> float:
@@ -121,7 +119,7 @@ def rollout(run, rows: list, step: int):
     with run.autocast():
         ids, lengths = run.actor.sample(
             prompt_ids, o.group_size, max_new_tokens=o.max_new_tokens, temperature=o.temperature,
-            seed=8 * (o.seed * 1_000_003 + step) + 2)  # of the rewards: 8 * (...), and one more
+            seed=8 * (o.seed * 1_000_003 + step) + 2)  # + 0: synthesis, + 1: rubrics; see `train`
     return [p for p in prompt_ids for _ in range(o.group_size)], ids, lengths
 
 
@@ -178,7 +176,7 @@ def step_rewards(run, rows: list, prompt_ids, ids, lengths, seed: int):
 
 
 def micro_batches(run, model, prompt_ids, ids, lengths, entropy: bool):
-    """For each micro-batch, of like length: its rows' numbers, and their `token_logprobs`."""
+    """For each micro-batch, of like length: the indices of its rows, their `token_logprobs`."""
     def read(part):
         with run.autocast():
             batch, o = ([prompt_ids[i] for i in part], ids[part], lengths[part]), run.options
@@ -201,7 +199,7 @@ def update(run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, advanta
     o, mask, totals = run.options, grpo.response_mask(lengths, ids.shape[1]), {}
     for part, (logp, entropy) in micro_batches(run, run.policy, prompt_ids, ids, lengths, True):
         old = logp.detach() if old_logp is None else old_logp[part]
-        ref, beta = None if ref_logp is None else ref_logp[part], o.beta * (o.kl_in == "loss")
+        ref, beta = None if ref_logp is None else ref_logp[part], o.beta if o.kl_in == "loss" else 0
         loss, stats = grpo.grpo_loss(logp, old, ref, advantages[part], mask[part], beta=beta,
                                      responses=len(ids), clip_low=o.clip_low, clip_high=o.clip_high)
         loss.backward()
@@ -264,15 +262,15 @@ def train(run) -> dict:
         prompt_ids, ids, lengths = batch = rollout(run, rows, step)
         clock.append(time.time())
         # 2. their rewards: what the verifier thinks of each token, or agreement with the reference
-        seed = 8 * (o.seed * 1_000_003 + step)  # of synthesis; the rubrics' is one more
+        seed = 8 * (o.seed * 1_000_003 + step)  # synthesis; + 1: rubrics, + 2: the rollouts
         rewards, counted, told = step_rewards(run, rows, *batch, seed)
         skill = check_start(run, rewards, told) if told and not step else {}
         clock.append(time.time())
         # 3. compared within the group
         ref_logp = logprobs(run, run.reference, *batch) if o.beta else None
-        in_reward, old_logp = o.beta and o.kl_in == "reward", None  # None: of the policy as it is
-        if in_reward or o.updates_per_rollout > 1:
-            old_logp = logprobs(run, run.policy, *batch)
+        in_reward = o.beta != 0 and o.kl_in == "reward"
+        needs_old = in_reward or o.updates_per_rollout > 1  # else `update` has them for nothing
+        old_logp = logprobs(run, run.policy, *batch) if needs_old else None
         if o.reward == "cat-sft":  # Eq. 12: 1 has, unclipped, the gradient of log pi(s | x) / |s|
             advantages = torch.ones_like(rewards)
         elif rewards.dim() == 2:
@@ -290,7 +288,7 @@ def train(run) -> dict:
         row = metrics_of(run, G, ids, lengths, rewards, counted, advantages, told, updates)
         row |= {"lr": learning_rate(o, step)} | skill
         bar.postfix = numbers({name: row[name] for name in ("reward", "kl", "skipped")})
-        if step + 1 == o.steps or o.eval_every and (step + 1) % o.eval_every == 0:
+        if step + 1 == o.steps or (o.eval_every and (step + 1) % o.eval_every == 0):
             show_samples(run, G, step + 1, rows, ids, lengths, rewards, counted, told)
             row["held_out"] = scores_of(run)
         parts = "rollout", "scoring", "update", "other"  # evaluation, samples

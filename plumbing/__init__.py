@@ -6,7 +6,7 @@ import signal
 import sys
 from dataclasses import field
 
-import torch
+from torch import OutOfMemoryError
 from tqdm import tqdm
 from transformers.utils import logging as model_logging
 
@@ -27,9 +27,9 @@ def one_clear_line(main, script: str, again: str = "the same command continues")
     sys.stdout.reconfigure(errors="replace")  # where a terminal has no UTF-8
     try:
         return main()
-    except (FloatingPointError, ConnectionError, torch.OutOfMemoryError) as e:
-        less = isinstance(e, torch.OutOfMemoryError) * "; lower --batch_tokens (or --micro_batch)"
-        status, line = 1, f"{str(e).splitlines()[0][:400]}{less} ({again})"
+    except (FloatingPointError, ConnectionError, OutOfMemoryError) as e:
+        tip = "; lower --batch_tokens (or --micro_batch)" if isinstance(e, OutOfMemoryError) else ""
+        status, line = 1, f"{str(e).splitlines()[0][:400]}{tip} ({again})"
     except (ValueError, OSError, ImportError) as e:
         status, line = 2, f"{e}: pip install {e.name}" if isinstance(e, ImportError) else str(e)
     except KeyboardInterrupt:
@@ -54,7 +54,6 @@ def one_line(text) -> str:
     return "(nothing)" if text is None else "".join(c if c.isprintable() else " " for c in text)
 
 
-def progress(items, **settings):
+def progress(items, **how):
     """A progress bar; a line every ten seconds where nobody is watching."""
-    pause = 0.2 if sys.stderr.isatty() else 10
-    return tqdm(items, dynamic_ncols=True, mininterval=pause, **settings)
+    return tqdm(items, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10, **how)

@@ -20,10 +20,9 @@ from plumbing.prompts import messages_of
 TEXT_NAMES = {r"^language_model\.lm_head": "lm_head",  # of multimodal checkpoints, old and new
               r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
 CONTEXT = "max_position_embeddings", "original_max_position_embeddings"  # or longrope's: the less
-TINY = 2e6  # parameters; loading less sets PyTorch to one thread: several wait if a core is busy
-# A text, None if prompt and answer do not fit; whether it had a stop token; its number of tokens
-Reply = namedtuple("Reply", "response stopped tokens", defaults=(None, None, None))
-load_tokenizer = AutoTokenizer.from_pretrained  # from a folder, or by its name on the hub
+TINY = 2e6  # parameters; a smaller model gets one PyTorch thread: several wait for a busy core
+Reply = namedtuple("Reply", "response stopped tokens", defaults=[None] * 3)  # None: does not fit
+load_tokenizer = lambda path: AutoTokenizer.from_pretrained(path, mistral_format=False)  # or hub's
 
 
 def load_model(path: str, *, train: bool, device="", bf16=False):
@@ -32,7 +31,7 @@ def load_model(path: str, *, train: bool, device="", bf16=False):
     weights.  train: float32 weights with gradients (AdamW at 1e-6 changes nothing in bf16); else
     frozen, bf16 on CUDA or if asked.  ValueError: weights are missing; grpo.py would misread it."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    exact = train or device.type == "cpu" and not bf16
+    exact = train or (device.type == "cpu" and not bf16)
     dtype, tolerance = (torch.float32, 1e-4) if exact else (torch.bfloat16, 2e-2)
     random, path = path.startswith("random:"), path.removeprefix("random:")
     lora = read_json(f"{path}/adapter_config.json")
@@ -78,7 +77,7 @@ def load(what: str, path: str, device="", train=False, **settings):
 def two_at_a_time(model, f, parts):
     """Pairs (part, f(part)), in order; a tiny model on a CPU is up to 4 ahead, in two threads."""
     tiny = model.num_parameters() < TINY and model.device.type == "cpu"
-    if not tiny or torch.is_autocast_enabled("cpu"):  # a new thread would compute without
+    if not tiny or torch.is_autocast_enabled("cpu"):  # new threads start without autocast
         return zip(parts, map(f, parts))
     def begin(grad=torch.is_grad_enabled()):  # a thread's own; autocast's cache would be shared
         torch.set_grad_enabled(grad), torch.set_autocast_cache_enabled(False)
@@ -87,7 +86,7 @@ def two_at_a_time(model, f, parts):
 
 
 def batches(sizes: list, budget: int, longest=float("inf"), n: int = 1) -> list:
-    """Numbers of the items in each batch: like sizes together, at most `budget` tokens with padding
+    """Indices of the items in each batch: like sizes together, at most `budget` tokens with padding
     (but one item at least), n rows for each item; what exceeds `longest` is left out.
     sizes (5, 2, 9, 2), budget 6 -> [[1, 3], [0], [2]]."""
     parts = []
@@ -120,8 +119,8 @@ def end_of_turn(tokenizer):
     tail = []
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "xyzzy"}]
-        text = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("xyzzy")[2]
-        tail = tokenizer(text, add_special_tokens=False).input_ids
+        _, said, text = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("xyzzy")
+        tail = tokenizer(text if said else "", add_special_tokens=False).input_ids
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.update(tokenizer.all_special_ids)
     return next((i for i in tail if i in special), tokenizer.eos_token_id)
@@ -146,7 +145,7 @@ def without_stop(ids: torch.Tensor, lengths: torch.Tensor, stop_ids):
 
 
 def plain_ids(tokenizer, texts: list) -> list:
-    """Lists of ids of texts as such: no special token is added, the spelling of one is text."""
+    """Ids of texts as such: no special token is added, a spelled one is text (not to Unigram)."""
     plain = {"add_special_tokens": False, "split_special_tokens": True}
     return [tokenizer(text, **plain).input_ids for text in texts]
 
@@ -155,13 +154,13 @@ def plain_ids(tokenizer, texts: list) -> list:
 def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens: int = 0):
     """log p(v_j | x, v_<j) of B answers (lists of ids) to B prompts -> B arrays [N], nats.
     Batches of like length hold at most `batch_tokens` (0: 4,096, on CUDA 65,536); equal rows are
-    scored once.  What exceeds the context: a prompt's oldest tokens go (not the first), or NaN."""
+    scored once.  Beyond the context, a prompt's oldest tokens go (not the first); no room: NaN."""
     context, rows = min(getattr(model.config, x, None) or math.inf for x in CONTEXT), []
     for prompt, answer in zip(prompts, answers, strict=True):
         before = tuple(chat_ids(tokenizer, prompt))
         over = max(0, len(before) + len(answer) - context)
-        rows.append((before[:1] + before[1 + over :] if over < len(before) else (), tuple(answer)))
-    scores = {row: np.full(0 if row[0] else len(row[1]), np.nan) for row in rows}
+        rows.append((() if over >= len(before) else before[:1] + before[1 + over :], tuple(answer)))
+    scores = {(x, y): np.full(0 if x else len(y), np.nan) for x, y in rows}  # NaN: does not fit
     most = batch_tokens or (65_536 if model.device.type == "cuda" else 4096)
     unique = sorted({row for row in rows if all(row)}, key=lambda row: (len(row[0] + row[1]), row))
     def score(part):
@@ -197,10 +196,10 @@ class LocalModel:
         sizes = [len(row) + max_new_tokens for row in prompt_ids]
         ids = torch.zeros(len(sizes), n, max_new_tokens, dtype=int, device=self.model.device)
         lengths, settings = ids.new_zeros(len(sizes), n), self.sampling | settings
-        parts = [*enumerate(batches(sizes, self.batch_tokens, self.context, n))]
-        def answer(part):
-            noise = torch.Generator(ids.device).manual_seed((seed * 1_000_003 + part[0]) % 2**63)
-            return grpo.sample(self.model, [prompt_ids[i] for i in part[1]], n, generator=noise,
+        parts = list(enumerate(batches(sizes, self.batch_tokens, self.context, n)))  # number, rows
+        def answer(pair):
+            noise = torch.Generator(ids.device).manual_seed((seed * 1_000_003 + pair[0]) % 2**63)
+            return grpo.sample(self.model, [prompt_ids[i] for i in pair[1]], n, generator=noise,
                                max_new_tokens=max_new_tokens, **settings)
         for (_, part), (y, ends) in two_at_a_time(self.model, answer, parts):
             ids[part, :, : y.shape[1]], lengths[part] = y.view(len(part), n, -1), ends.view(-1, n)
@@ -261,7 +260,7 @@ def text_model(what: str, name: str, device="", *, key=None, **settings):
     """A text model by its name: a folder, a hub name, or MODEL@URL.  Errors start with `what`."""
     if "@http" in name:
         model, _, url = name.rpartition("@http")
-        if re.search(r"[?@]|//[^/\[]*:(?!\d+(/|$))", url):  # of the last: a port
+        if re.search(r"[?@]|//[^/\[]*:(?!\d+(/|$))", url):  # a last `:`: a port's
             raise ValueError(f"{what} {model}@...: a key does not go into the URL; a port: digits")
         return Endpoint(model, "http" + url, key=key)
     return LocalModel(*load(what, name, device), **settings)

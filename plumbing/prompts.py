@@ -33,7 +33,7 @@ def read_prompts(path: str) -> list:
     """Prompts from a .jsonl, .json or .txt file (one per line), or a data set of HUB -> dicts with
     `prompt` (str, messages), `where` ("file:line"); to evaluate, `facts` ([{"right", "wrong": [..],
     "kind"}]), `pattern` (regular expression), `answer` and its `kind`, `rubrics` ([{"criterion",
-    "points"}]); CaT-SFT's `output`.  ValueError: what, where; a data set's bad rows go."""
+    "points"}]); CaT-SFT's `output`.  ValueError: what, where; a data set skips bad rows."""
     files, rows = download(path) if path in HUB else [path], []
     for where, item in (pair for file in files for pair in items_of(file)):
         try:
@@ -48,7 +48,7 @@ def read_prompts(path: str) -> list:
         row["prompt"] += "\n\nPut your final answer in \\boxed{}."
     if path in ("healthbench", "healthbench-held-out"):
         held_out = set(random.Random(0).sample(range(len(rows)), len(rows) // 10))
-        rows = [row for i, row in enumerate(rows) if (i in held_out) == (path != "healthbench")]
+        rows = [row for i, row in enumerate(rows) if (i in held_out) == path.endswith("held-out")]
     return rows
 
 

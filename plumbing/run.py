@@ -3,10 +3,10 @@
 import glob
 import json
 import os
-import resource
 import sys
 import time
 from functools import partial
+from resource import RUSAGE_SELF, getrusage
 from types import SimpleNamespace
 
 import torch
@@ -36,10 +36,10 @@ def train_options(Options):
         saved = read_json(f"{folder}/config.json")
         if "reward" not in saved:
             raise ValueError(f"{folder} holds no run to resume (no config.json)")
-        parser.set_defaults(**saved | {"output_dir": folder})
+        parser.set_defaults(**{**saved, "output_dir": folder})
         [o] = parser.parse_args_into_dataclasses()
     o.output_dir = o.output_dir or f"runs/{o.reward}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not (0 < o.temperature < 1e9 and 0 < o.top_p <= 1 < o.group_size and o.top_k >= 0):
+    if not (0 < o.temperature < 1e9 and 0 < o.top_p <= 1 and o.group_size > 1 and o.top_k >= 0):
         raise ValueError("needs --temperature > 0, 0 < --top_p <= 1 < --group_size, --top_k >= 0")
     least = "steps prompts_per_step max_new_tokens micro_batch save_every updates_per_rollout"
     if min(getattr(o, name) for name in least.split()) < 1:
@@ -51,13 +51,13 @@ def train_options(Options):
 
 def start_of(o):
     """Policy and tokenizer, and how far they are: of the newest checkpoint that can be read."""
-    for path in (found := checkpoints(o.output_dir)[::-1]):
+    for path in reversed(checkpoints(o.output_dir)):
         try:
             state = torch.load(f"{path}/state.pt", map_location="cpu", weights_only=True)
             return *load("--resume", path, o.device, train=True), state
         except Exception as e:  # cut off, overwritten ...
             told = f"{path} cannot be read: {' '.join(str(e).split())[:300]}"
-            if path == found[-1]:
+            if path == checkpoints(o.output_dir)[0]:  # no older one
                 raise ValueError(told) from None
             print(f"{told}; trying the one before", file=sys.stderr)
     return *load("--generator", o.generator, o.device, train=True), {"step": -1}
@@ -81,7 +81,7 @@ def prepare(o):
     eval_rows = read_prompts(o.eval_prompts) if o.eval_prompts else []
     for row in rows + eval_rows:
         ids, [y] = chat_ids(tokenizer, row["prompt"]), plain_ids(tokenizer, [row["output"] or ""])
-        more = max(o.max_new_tokens, (len(y) + 1) * (o.reward == "cat-sft"))
+        more = max(o.max_new_tokens, len(y) + 1 if o.reward == "cat-sft" else 0)
         if len(ids) + more > actor.context or max(ids) >= policy.config.vocab_size:
             raise ValueError(f"{row['where']}: leave it out: with --max_new_tokens or `output` it "
                              f"exceeds the context of {actor.context}, or has foreign tokens")
@@ -115,7 +115,7 @@ def prepare(o):
 
 
 def begin(run, optimizer) -> int:
-    """Steps done: 0, or the checkpoint's, whose optimizer is loaded; later lines go."""
+    """Steps done, 0 or the checkpoint's; loads its optimizer, deletes the lines of later steps."""
     o, state, run.state = run.options, run.state, None
     if not o.resume and os.path.exists(f"{o.output_dir}/metrics.jsonl"):
         raise ValueError(f"--output_dir {o.output_dir} was taken by another run")
@@ -166,7 +166,7 @@ def finish(run) -> dict:
     folder, rows = run.options.output_dir, read_lines(f"{run.options.output_dir}/metrics.jsonl")
     best = best_step(run.options, rows)  # its checkpoint may be gone, if --keep best came late
     made = rows[best if best in [int(path[-6:]) for path in checkpoints(folder)] else -1]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10 * (sys.platform == "darwin")
+    peak = getrusage(RUSAGE_SELF).ru_maxrss >> (10 if sys.platform == "darwin" else 0)  # KiB
     peak = torch.cuda.max_memory_allocated(run.device) >> 10 if run.device.type == "cuda" else peak
     result = {"before": rows[0]["held_out"] | {"reward": rows[1]["reward"]},
               "after": made.get("held_out", {}) | {"reward": made["reward"]},

@@ -38,10 +38,10 @@ def sign_permutation(differences, *, samples=10_000, seed=0) -> float:
     [.5, .5, .5, -.5, 0, None] -> 10/16; nothing -> NaN."""
     d, rng = np.array(differences, float), np.random.default_rng(seed)
     nothing, d = np.isnan(d).all(), d[np.abs(d) > 0]
-    flips = np.arange(min(2 ** len(d), samples + 1))[:, None] >> np.arange(len(d)) & 1
+    flips = (np.arange(min(2 ** len(d), samples + 1))[:, None] >> np.arange(len(d))) & 1
     if len(flips) > samples:
         flips[1:] = rng.integers(2, size=(samples, len(d)))
-    least = abs(d.sum()) - 1e-10 * np.abs(d).sum()  # rounding must not split true ties
+    least = abs(d.sum()) - 1e-6 * np.abs(d).sum()  # float32's rounding must not split true ties
     return math.nan if nothing else float((np.abs(d.sum() - 2 * (flips @ d)) >= least).mean())
 
 
@@ -50,6 +50,6 @@ def agreement(a, b) -> dict:
     [1, .9, 0, .5, 1, None], [.8, .6, .3, 1, 0, 1] -> n 5, agreement .6, kappa .2857."""
     signs = np.sign(np.array([a, b], float) - 0.5)
     x, y = signs[:, ~np.isnan(signs).any(0)].tolist()
-    equal, chance = sum(a == b for a, b in zip(x, y)), sum(x.count(s) * y.count(s) for s in {*x})
-    kappa = (len(x) * equal - chance) / d if (d := len(x) ** 2 - chance) else math.nan
+    equal, chance = sum(i == j for i, j in zip(x, y)), sum(x.count(s) * y.count(s) for s in {*x})
+    kappa = (len(x) * equal - chance) / (len(x) ** 2 - chance) if len(x) ** 2 > chance else math.nan
     return {"n": len(x), "agreement": equal / len(x) if len(x) else math.nan, "kappa": kappa}

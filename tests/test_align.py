@@ -445,6 +445,16 @@ def test_tokens_added_later():
     assert spans_from_ids(plain, [len(plain) - 1])[0] == "<0x41>"  # no byte fallback: a token like any other
 
 
+def test_added_tokens_in_the_alphabet_of_bytes():
+    """Falcon 3 adds the stand-ins of newline and tab, Ċ and ĉ, which its vocabulary has: bytes; DeepSeek adds õ, which it has not: text."""
+    tokenizer = copy.deepcopy(make("qwen"))
+    ids = tokenizer("a\nb\tc", add_special_tokens=False).input_ids
+    tokenizer.add_tokens(["Ċ", "ĉ", "Ċõ"])
+    assert tokenizer.convert_tokens_to_ids("Ċ") in ids and tokenizer.decode(ids) == "a\nb\tc"
+    text, spans = spans_from_ids(tokenizer, [*ids, len(tokenizer) - 1])
+    assert text == "a\nb\tcĊõ" and spans[:-1].tolist() == spans_from_ids(make("qwen"), ids)[1].tolist() and spans[-1].tolist() == [5, 7]
+
+
 def test_special_token_that_merges_can_build():
     """Where the library reads the end of the text all the same, the token covers its spelling."""
     vocab = {token: i for i, token in enumerate(["<unk>", "</s>", "<", "/", "s", ">", "</", "s>", "a"])}

@@ -105,7 +105,7 @@ def test_sampled_ids_are_scored_as_they_are(toy):
     (_, tokenizer), (model, verifier_tokenizer) = toy["generator"], toy["verifier"]
     text = "Mia likes sóup🙂."
     canonical = tokenizer(text).input_ids
-    byte = {bytes([b]): tokenizer.convert_tokens_to_ids(c) for c, b in __import__("align")._byte_alphabet().items()}
+    byte = {bytes([b]): tokenizer.convert_tokens_to_ids(c) for c, b in __import__("align")._alphabet().items()}
     ids, lengths = pad([canonical, [byte[bytes([b])] for b in text.encode()]])
     rewards, mask = cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT] * 2, ids, lengths, credit="word")
     total = sum(verifier_says(model, verifier_tokenizer, PROMPT, text))

@@ -1,5 +1,6 @@
 """The parts of evaluate.py that train.py uses."""
 import json
+import os
 import re
 import signal
 
@@ -9,6 +10,7 @@ import torch
 import evaluate
 from toy import make
 from plumbing import models, files, prompts
+from test_train import fork
 
 
 @pytest.mark.parametrize("text, right", [
@@ -68,23 +70,16 @@ def test_noise_of_the_world():
 
 def test_toy_can_be_made_again(tmp_path):
     """make.py makes the committed prompts and tokenizers again, and its training continues where it was killed, to the bit."""
-    import os
-    import subprocess
-    import sys
-    command = [sys.executable, "toy/make.py", "--output", str(tmp_path / "a"), "--steps", "4", "--save_every", "2", "--parts", "data,generator"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = ["--steps", "4", "--save_every", "2", "--parts", "data,generator", "--output"]
+    assert fork([*command, tmp_path / "a"], tmp_path, script=make)[0] == 0
     for file in ("prompts.jsonl", "eval.jsonl", "generator/tokenizer.json", "generator/chat_template.jinja"):
         assert (tmp_path / "a" / file).read_bytes() == open(f"toy/cme/{file}", "rb").read()
-    child = os.fork()
-    if child == 0:
-        real = os.replace
+    real = os.replace
+
+    def patch():
         os.replace = lambda a, b: (real(a, b), os.kill(os.getpid(), signal.SIGKILL))                      # the first checkpoint is the last thing it does
-        sys.argv, sys.stdout, sys.stderr = ["make.py", "--output", str(tmp_path / "b"), *command[4:]], open(os.devnull, "w"), open(os.devnull, "w")
-        make.main()
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    command[3] = str(tmp_path / "b")
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert fork([*command, tmp_path / "b"], tmp_path, patch, make)[0] == -signal.SIGKILL
+    assert fork([*command, tmp_path / "b"], tmp_path, script=make)[0] == 0
     assert (tmp_path / "a/generator/model.safetensors").read_bytes() == (tmp_path / "b/generator/model.safetensors").read_bytes()
 
 

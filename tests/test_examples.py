@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from trl import GRPOConfig
 
 import cme
 import grpo
-from examples import trl_cme
+import two_processes
+from examples import shown, trl_cme
 from plumbing import models
 from plumbing.prompts import read_prompts
+from test_train import fork
 
 ROOT = Path(__file__).parent.parent
 
@@ -97,18 +100,18 @@ def test_grpo_alone():
     assert terms[0] == pytest.approx(sum(float(row[6]) for row in rows[:3]) / 3, abs=5e-3)
 
 
-def test_cme_alone():
+def test_cme_alone(tmp_path):
     out = screen("cme.py", "Describe Rosa.", "Rosa keeps a dog and lives in Prague. Rosa loves the colour golden and likes rice.")
-    shown, verifiers = re.search(r"(\S+)  total: the verifier's is (\S+)", out).groups()
-    assert shown == verifiers and float(shown) < -20 and "' dog'" in out and "|Ro|s|a| keeps" in out
-    word = screen("cme.py", "Describe Rosa.", "Rosa keeps a dog.", "--credit", "word")
-    assert "' dog'" in word
-    done = subprocess.run([sys.executable, "cme.py", "x", "y", "--verifier", "/no/such"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("cme.py: --verifier /no/such: ") and done.stderr.count("\n") == 1
+    ours, verifiers = re.search(r"(\S+)  total: the verifier's is (\S+)", out).groups()
+    assert ours == verifiers and float(ours) < -20 and "' dog'" in out and "|Ro|s|a| keeps" in out
+    script = SimpleNamespace(__name__="cme", main=shown.cme)
+    status, word, _ = fork(["Describe Rosa.", "Rosa keeps a dog.", "--credit", "word"], tmp_path, script=script)
+    assert status == 0 and "' dog'" in word
+    status, _, err = fork(["x", "y", "--verifier", "/no/such"], tmp_path, script=script)
+    assert status == 2 and err.startswith("cme.py: --verifier /no/such: ") and err.count("\n") == 1
 
 
 def test_colours_on_a_terminal(monkeypatch):
-    from examples import shown
     spans = {"generator": [[0, 2], [2, 4]], "verifier": [[0, 1], [1, 4]]}
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     first, second, _ = shown.under_each_other("abcd", spans, [196, 0]).split("\n")
@@ -117,12 +120,11 @@ def test_colours_on_a_terminal(monkeypatch):
 
 def test_two_processes_have_the_gradient_of_one(tmp_path):
     """Completions that are given, of eight lengths: advantages of whole groups (of 4 on each process, of 8 across them) and, averaged, the same gradient."""
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    one = [sys.executable, str(ROOT / "tests/two_processes.py")]
-    two = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", one[1]]
-    for command, name in ((one, "one"), (two, "two")):
-        done = subprocess.run([*command, str(tmp_path / name)], cwd=tmp_path, capture_output=True, text=True, env=env)
-        assert done.returncode == 0, done.stderr[-3000:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", ROOT / "tests/two_processes.py", tmp_path / "two"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+    status, _, err = fork([tmp_path / "one"], tmp_path, script=two_processes)
+    assert status == 0, err[-3000:]
     for group in (4, 8):
         alone, together = (torch.load(tmp_path / f"{name}{group}", weights_only=True) for name in ("one", "two"))
         assert alone.keys() == together.keys() and max(g.abs().max() for g in alone.values()) > 1e-3

@@ -1037,6 +1037,16 @@ def test_weights_that_are_missing_are_an_error(tmp_path):
         models.load_model(str(tmp_path), train=False, device="cpu")
 
 
+def test_a_folder_with_mistrals_own_tokenizer_beside(tmp_path):
+    """Mistral's tekken.json: where mistral-common is installed transformers would take a tokenizer that has neither chat template nor offsets."""
+    config = transformers.MistralConfig(vocab_size=8192, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1)
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path)
+    models.load_tokenizer("toy/cme/generator").save_pretrained(tmp_path)
+    (tmp_path / "tekken.json").write_text("{}")
+    _, tokenizer = models.load("model", str(tmp_path), "cpu")
+    assert models.chat_ids(tokenizer, "Hi") == models.chat_ids(models.load_tokenizer("toy/cme/generator"), "Hi")
+
+
 CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
           "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 GEMMA = ("{{ bos_token }}{% for m in messages %}{% set role = 'model' if m['role'] == 'assistant' else m['role'] %}"
@@ -1056,6 +1066,8 @@ HARMONY = ("{% for m in messages %}{{ '<|start|>' + m['role'] }}{% if m['role'] 
            "{% if add_generation_prompt %}{{ '<|start|>assistant' }}{% endif %}")
 TAGS = ("{% for m in messages %}{{ '<|' + m['role'] + '|>' + m['content'] }}{% if m['role'] == 'assistant' %}{{ '</out></answer>' }}{% endif %}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}")
+PARTS = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] }}{% for part in m['content'] %}{% if part.type == 'text' %}{{ part.text }}{% endif %}"
+         "{% endfor %}{{ '<|im_end|>' }}{% endfor %}")                                                      # prints no content that is a string
 ALPACA = "{% for m in messages %}{{ '### ' + m['role'] + ':\n' + m['content'] + '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '### assistant:\n' }}{% endif %}"
 
 CHATS = {  # template, BOS, EOS, other special tokens, added tokens that are not special, end of the turn
@@ -1067,6 +1079,7 @@ CHATS = {  # template, BOS, EOS, other special tokens, added tokens that are not
     "qwen3": (QWEN3, None, "<|endoftext|>", ["<|im_start|>", "<|im_end|>"], ["<think>", "</think>"], "<|im_end|>"),
     "harmony": (HARMONY, "<|startoftext|>", "<|endoftext|>", ["<|start|>", "<|channel|>", "<|message|>", "<|return|>", "<|end|>"], [], "<|return|>"),
     "tags": (TAGS, None, "</s>", ["<|user|>", "<|assistant|>", "</answer>"], ["</out>"], "</answer>"),
+    "parts": (PARTS, "<s>", "</s>", ["<|im_start|>", "<|im_end|>"], [], "</s>"),                            # its first special token ends nothing
     "no special token": (ALPACA, None, "</s>", [], [], "</s>"),
     "no template": (None, "<s>", "</s>", [], [], "</s>"),
     "no template, no BOS": (None, None, "<|endoftext|>", [], [], "<|endoftext|>"),

@@ -215,7 +215,7 @@ def test_faulty_server(two, tmp_path, serve):  # noqa: F811
 
     server = serve(script)
     arguments = ["--output_dir", two, "--judge", f"j=m@{server.url}"]
-    impatient = lambda: models.Endpoint.__init__.__kwdefaults__.update(timeout=1)  # noqa: E731
+    impatient = lambda: models.Endpoint.__init__.__kwdefaults__.update(timeout=1, retries=1)  # noqa: E731
     for _ in range(2):
         status, out, err = run(tmp_path, *arguments, patch=impatient)
         assert status == 0 and f"evaluate.py: {N // 2} verdicts of --judge j" in err, err
@@ -445,6 +445,9 @@ def test_unanswerable_prompts_are_missing(tmp_path):
     (["--models", "a=x", "--prompts", "nothing.jsonl"], "nothing.jsonl"),
     (["--models", "a=x", "--prompts", "P", "--judge", "gpt@http://h/v1"], "gpt@http"),
     (["judge", "--models", "a=x", "--prompts", "P"], "needs --models"),
+    (["--models", "a=x", "a=y", "--prompts", "P"], "each NAME once"), (["--models", "a=x", "--prompts", "P", "--judge", "j=x", "j=y"], "each NAME once"),
+    (["--models", "a=x", "--prompts", "P", "--max_new_tokens", -3], "1 or more"), (["--models", "a=single:x", "--prompts", "P", "--group_size", -2], "1 or more"),
+    (["--models", "a=x", "--prompts", "P", "--temperature", "inf"], "--temperature"), (["--models", "a=x", "--prompts", "P", "--temperature", -1], "--temperature"),
     (["--nonsense", 1], "--nonsense"), (["judge", "--output_dir", "TMP"], "needs --models"),
     (["respnd"], "respnd"), (["judge", "report"], "report")])
 def test_bad_input_is_one_line(tmp_path, monkeypatch, arguments, said):
@@ -482,6 +485,23 @@ def test_models_may_be_added(answered, tmp_path):
     status, _, err = run(tmp_path, "--output_dir", tmp_path / "e", "--models", f"third={ROOT}/toy/cme/verifier")
     assert status == 0 and list(dict.fromkeys(m["model"] for m in report(tmp_path / "e")["means"])) == ["base", "trained", "third"], err
     assert len({d["pair"] for d in report(tmp_path / "e")["differences"]}) == 3
+
+
+def test_two_commands_at_once(answered, tmp_path):
+    """One for each of two GPUs, say: each adds its model, whichever was there first when the other had its first answers."""
+    arguments = ["respond", "--prompts", answered / "eval.jsonl", "--max_new_tokens", 40, "--output_dir", tmp_path / "e"]
+
+    def patch():
+        real = evaluate.answers
+
+        def meanwhile(*settings):
+            evaluate.answers = real
+            assert run(tmp_path / "other", *arguments, "--models", MODELS[1])[0] == 0
+            return real(*settings)
+        evaluate.answers = meanwhile
+    status, _, err = run(tmp_path, *arguments, "--models", MODELS[3], patch=patch)
+    assert status == 0, err
+    assert {*json.loads((tmp_path / "e/evaluation.json").read_text())["models"]} == {m.split("=")[0] for m in MODELS[1::2]}
 
 
 def test_a_mistake_in_the_first_command_can_be_mended(tmp_path, answered):

@@ -185,6 +185,13 @@ def test_sign_permutation_knows_no_sign_order_or_unit(differences, unit):
     assert sign_permutation([unit * d for d in reversed(differences)]) == sign_permutation(differences)
 
 
+def test_sign_permutation_of_rounded_thirds():
+    """Rubric scores are float32: 2/3 - 1/3 and 1 - 2/3 differ in the eighth digit, and are the same difference."""
+    x, y = [1, 0, 3, 1, 3, 1, 2, 1, 3, 2], [1, 1, 2, 2, 1, 2, 2, 1, 3, 3]
+    rounded = np.float32(x) / np.float32(3) - np.float32(y) / np.float32(3)
+    assert sign_permutation(rounded) == enumerated([a - b for a, b in zip(x, y)])
+
+
 def test_sign_permutation_is_exact_up_to_2_to_the_k_samples():
     differences = [0.5, 0.4, 0.3, -0.1, 0.05, 0.2, 0, 0, None]  # k = 6
     assert sign_permutation(differences, samples=64, seed=1) == sign_permutation(differences, samples=64, seed=2) == enumerated(differences)

@@ -182,15 +182,18 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path, whole, few, where):
 
 
 def test_killed_from_outside_twice(tmp_path, whole, few):
-    """A real process and a real kill -9, whenever it happens to come."""
+    """A real process and a real kill -9, whenever it happens to come; what continues it is killed too."""
     run, command = tmp_path / "run", [sys.executable, str(ROOT / "train.py"), *TINY, *map(str, few), "--output_dir", str(tmp_path / "run")]
-    for lines, arguments in ((3, command), (5, command[:2] + ["--resume", "--output_dir", str(run)])):
-        process = subprocess.Popen(arguments, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until = time.time() + 60
+
+    def wait(lines, until):
         while time.time() < until and not ((run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= lines):
             time.sleep(0.01)
-        process.kill()
-        process.wait()
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    wait(3, time.time() + 60)
+    process.kill()
+    process.wait()
+    watch = threading.Thread(target=lambda: [wait(5, time.time() + 60), kill()], daemon=True)
+    assert fork(["--resume", "--output_dir", run], tmp_path, watch.start)[0] == -signal.SIGKILL
     status, out, err = fork(["--resume", "--output_dir", run], tmp_path)
     assert status == 0, err
     assert weights(run) == weights(whole[0]) and rows(run / "metrics.jsonl") == rows(whole[0] / "metrics.jsonl")
@@ -205,7 +208,7 @@ def test_it_learns(tmp_path):
     mine = tmp_path / "eval.jsonl"
     mine.write_text("".join(line for line in (ROOT / "toy/cme/eval.jsonl").read_text().splitlines(True)
                             if json.loads(line)["prompt"].split()[2] in ["Ada", "Ben", "Mia", "Noah", "Zoe", "Theo", "Lars", "Vera"]))
-    status, out, err = fork(["--prompts", prompts, "--eval_prompts", mine, "--steps", 20, "--prompts_per_step", 8, "--output_dir", tmp_path / "run"], tmp_path)
+    status, out, err = fork(["--prompts", prompts, "--eval_prompts", mine, "--steps", 12, "--prompts_per_step", 8, "--output_dir", tmp_path / "run"], tmp_path)
     assert status == 0, err
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert summary["after"]["facts"] >= summary["before"]["facts"] + 0.1

@@ -32,7 +32,7 @@ class Keep(TrainerCallback):
             torch.save({name.removeprefix("module."): p.grad.clone() for name, p in model.named_parameters()}, sys.argv[1] + str(args.num_generations))
 
 
-def main(group: int):
+def step(group: int):
     processes = int(os.environ.get("WORLD_SIZE", 1))
     policy, tokenizer = models.load("generator", f"{ROOT}/toy/cme/generator", "cpu", train=True)
     rows = Dataset.from_list([{"prompt": [{"role": "user", "content": p}]} for p in PROMPTS])
@@ -43,9 +43,13 @@ def main(group: int):
     trl_cme.CMETrainer(policy, args=config, processing_class=tokenizer, train_dataset=rows, verifier=verifier, rollout_func=given, callbacks=[Keep()]).train()
 
 
-if __name__ == "__main__":
+def main():
     for group in (4, 8):
-        main(group)
+        step(group)
+
+
+if __name__ == "__main__":
+    main()
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
         os._exit(0)                                    # gloo's threads now and then abort a process that has done its work as it ends ("terminate called ...")

@@ -220,7 +220,7 @@ class LocalModel:
 
 class Endpoint:
     """A text model behind an OpenAI-compatible server (`openai` package); one request an answer."""
-    def __init__(self, model: str, url: str, *, key=None, concurrency=8, timeout=60.0, retries=4):
+    def __init__(self, model: str, url: str, *, key=None, concurrency=8, timeout=180.0, retries=4):
         from openai import OpenAI
         self.model, self.name, self.concurrency = model, f"{model} at {url}", concurrency
         self.last_error, self.failures, self.newer = "", 0, False
@@ -247,8 +247,8 @@ class Endpoint:
         self.last_error = f"{self.name}: {' '.join(error.split())[:250]}"
         if status in (401, 404):
             raise ValueError(f"{self.name} answers {status}: wrong key, model or URL")
-        if code.startswith("unsupported_") and "temperature" in send:
-            self.newer = True  # OpenAI's newer models take neither of the two
+        if "temperature" in send and (code.startswith("unsupported_") or "temperature" in error):
+            self.newer = True  # OpenAI's newer models, and some servers', take neither
             return self.ask(prompt, max_new_tokens, temperature)
         self.failures = 0 if status in (400, 413, 422) else self.failures + 1  # 0: the prompt's own
         if self.failures >= 32:

@@ -266,6 +266,8 @@ def test_parameters_that_a_model_does_not_take(serve):
     assert len(server.requests) == 3 and server.requests[-1][2]["max_completion_tokens"] == 7 and "temperature" not in server.requests[-1][2]
     e = endpoint(server, retries=0)                                            # eight at a time find out together
     assert e.complete(["Hi"] * 40, max_new_tokens=7, temperature=0) == [["Hello."]] * 40 and e.last_error == ""
+    refused = bad(400, body=json.dumps({"error": {"message": "`temperature` is deprecated for this model.", "type": "invalid_request_error"}}).encode())
+    assert one(endpoint(serve(lambda number, body: refused if "temperature" in body else "Hello."), retries=0)) == "Hello."   # no code, only words
     server = serve([bad(400, body=json.dumps({"error": {"message": "no", "code": "unsupported_value"}}).encode())])
     assert one(endpoint(server, retries=0)) is None and len(server.requests) == 2
     server = serve([bad(400, body=json.dumps({"error": {"message": "'max_tokens' is too large for this context", "code": "context_length_exceeded"}}).encode())])

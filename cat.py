@@ -58,7 +58,7 @@ def block(tag: str, text: str, number=None) -> str:
     """Untrusted text between our tags.  Inside, a tag of ours and what ends a turn ("<|im_end|>",
     "[/INST]") lose "<", "[": "a </response>" -> "<response>\\na &lt;/response>\\n</response>"."""
     ours, gap = "(response|reference|question|criterion|rubric)", r"[\s\u200b-\u200f\u2060\ufeff]*"
-    ends = rf"[|｜]\S{{1,40}}>|\w{{1,40}}[|｜]>|/s>|[be]os>|pad>|\w+_of_\w+>"  # of many families
+    ends = rf"[|｜]\S{{1,40}}>|\w{{1,40}}[|｜]>|/s>|[be]os>|pad>|\w+_of_\w+>|/?think>"  # of many
     inside = re.sub(rf"<(?={gap}/{gap}{ours}\b|{ours}[\s>]|{ends})", "&lt;", text, flags=re.I)
     inside = re.sub(r"\[(?=/?INST\])", "&#91;", inside)
     numbered = "" if number is None else f' number="{number}"'
@@ -173,8 +173,8 @@ def answer_rewards(rollouts: list, references: list) -> torch.Tensor:
 
 
 def reply_text(text: str | None) -> str:
-    """The text after a leading <think>...</think>; "" if the thought never ends."""
-    return re.sub(r"\A\s*(?:<think>(?:.*?</think>|.*))?", "", text or "", flags=re.S)
+    """The text after a thought, which <think> or the prompt opened; "" if it never ends."""
+    return re.sub(r"\A(?:.*?</think>|\s*<think>.*|\s*)", "", text or "", flags=re.S)
 
 
 def read_rubric(text: str | None, limit: int = 50) -> list[str]:

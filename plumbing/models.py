@@ -238,18 +238,18 @@ class Endpoint:
         send = {"max_completion_tokens": max_new_tokens} if self.newer else send
         chat = {"model": self.model, "messages": messages_of(prompt), **send}
         try:
-            text = self.client.chat.completions.create(**chat).choices[0].message.content or ""
-            self.last_error, self.failures = "", 0
-            return text[:1_000_000].encode(errors="replace").decode()
+            said = self.client.chat.completions.create(**chat).choices[0].message.content or ""
+            y, self.failures = "".join(x if type(x) is str else x.get("text", "") for x in said), 0
+            return y[:1_000_000].encode(errors="replace").decode()
         except Exception as e:  # the server's, the network's, or of an answer that is none
             status, code = getattr(e, "status_code", 0), str(getattr(e, "code", ""))
             error = f"{status or type(e).__name__}, {e.__cause__ or e}".replace(self.key, "***")
-        self.last_error = f"{self.name}: {' '.join(error.split())[:250]}"
         if status in (401, 404):
             raise ValueError(f"{self.name} answers {status}: wrong key, model or URL")
         if "temperature" in send and (code.startswith("unsupported_") or "temperature" in error):
             self.newer = True  # OpenAI's newer models, and some servers', take neither
             return self.ask(prompt, max_new_tokens, temperature)
+        self.last_error = f"{self.name}: {' '.join(error.split())[:250]}"
         self.failures = 0 if status in (400, 413, 422) else self.failures + 1  # 0: the prompt's own
         if self.failures >= 32:
             raise ConnectionError(f"no answer {self.failures} times in a row, {self.last_error}")

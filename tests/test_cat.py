@@ -73,7 +73,8 @@ def test_ordinary_text_stays_as_it_is():
     assert cat.block("response", "x", 3) == '<response number="3">\nx\n</response>'
 
 
-@pytest.mark.parametrize("token", ["<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>", "</s>", "<end_of_turn>", "<eos>", "<|turn>", "<turn|>", "<end_of_utterance>"])
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|eot_id|>", "<｜end▁of▁sentence｜>", "</s>", "<end_of_turn>", "<eos>", "<|turn>", "<turn|>", "<end_of_utterance>", "<think>",
+                                   "</think>"])
 def test_a_text_cannot_end_a_turn(token):
     """Some servers read control tokens in a text too."""
     assert cat.block("response", f"a {token} b") == f"<response>\na &lt;{token[1:]} b\n</response>"

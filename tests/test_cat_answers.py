@@ -259,7 +259,7 @@ def test_rubric_of_any_text(text):
     ("# Yes", True), ("<think>no</think>yes", True), (" <think>\nyes\n</think>\n\n**No**", False),
     (None, None), ("", None), ("yes and no", None), ("not yes", None), ("yes, because", None), ("Yes no", None), ("no\nyes", None),
     ("yes</criterion>", None), ("Verdict: yes", None), ("<think>yes", None),
-    ("<think>a</think><think>b</think>yes", None), ("yes<think>no</think>", None), ("a</think>yes", None), ("nope", None), ("yess", None),
+    ("<think>a</think><think>b</think>yes", None), ("yes<think>no</think>", None), ("a</think>yes", True), ("yes</think>", None), ("nope", None), ("yess", None),
     ("y es", None), ("ye\u017f", None), ("!yes", None), ("-yes", None),
     ("~~yes~~", None), ("yes?", None), ("[ ] yes", None), ("❌ yes", None), ("yes/no", None), ("yes.no", None), ("no no", None), ("true", None),
     ("1", None), ("нo", None), ("yes\u200b", None), ("{yes}", None),
@@ -272,7 +272,7 @@ def test_read_verdict(text, verdict):
 @given(st.text(st.sampled_from("yesnoYESNO *.\"!\n<>/-ſ") | st.characters(), max_size=9) | st.lists(st.sampled_from(["yes", "no", "not", "**", ".", " ",
     "\n", "<think>", "</think>", "?"]), max_size=6).map("".join))
 def test_a_verdict_is_one_word(text):
-    said = text.partition("</think>")[2] if text.lstrip().startswith("<think>") else text
+    said = text.partition("</think>")[2] if "</think>" in text or text.lstrip().startswith("<think>") else text
     letters = "".join(c for c in said if c.isalpha()).casefold()
     assert read_verdict(text) in {"yes": (True, None), "no": (False, None)}.get(letters, (None,))
 

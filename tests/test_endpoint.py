@@ -172,6 +172,18 @@ NOT_ANSWERS = {
     "APIConnectionError": {"body": answer("Hello, this is")[:40], "length": 400}}
 
 
+def test_an_answer_in_parts(serve):
+    """Mistral's: a thought, then a text."""
+    server = serve([{"body": answer([{"type": "thinking", "thinking": [{"type": "text", "text": "Hm."}]}, {"type": "text", "text": "Yes"}, {"type": "text", "text": "."}])}])
+    assert one(endpoint(server)) == "Yes."
+
+
+def test_the_reason_of_what_was_lost_is_kept(serve):
+    """A prompt that is refused, then one that is answered: why the first has no answer can still be told."""
+    e = endpoint(serve([bad(400, body=json.dumps({"error": {"message": "content policy"}}).encode()), "Hello."]), retries=0, concurrency=1)
+    assert e.complete(["a", "b"], max_new_tokens=5, temperature=0) == [[None], ["Hello."]] and "content policy" in e.last_error
+
+
 @pytest.mark.parametrize("reason", NOT_ANSWERS)
 def test_tried_again_and_then_none(serve, reason):
     """1 + retries attempts, then None and why; and an answer after two failures is an answer."""
@@ -187,7 +199,7 @@ def test_tried_again_and_then_none(serve, reason):
 @pytest.mark.parametrize("body", [
     b"", b"null", b"[]", b"3", b'"text"', b"\xff\xfe", b'{"choices": []}', b'{"choices": null}', b'{"error": "overloaded"}', b'{"choices": [3]}',
     b'{"choices": [{}]}', b'{"choices": [{"message": "text"}]}', b'{"choices": [{"message": []}]}',
-    b"[" * 100_000, answer(3), answer([{"type": "text", "text": "Hi"}])])
+    b"[" * 100_000, answer(3), answer([3]), answer([{"type": "text", "text": 3}])])
 @pytest.mark.parametrize("kind", ["application/json", "text/html"])
 def test_unreadable(serve, body, kind):
     e = endpoint(serve([{"body": body, "headers": {"content-type": kind}}]))

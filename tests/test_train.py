@@ -28,6 +28,10 @@ TINY = "--steps 6 --prompts_per_step 2 --group_size 3 --max_new_tokens 24 --save
 def fork(arguments, folder, patch=lambda: None, script=train):
     """`python train.py ARGUMENTS` in a forked child that calls patch() first -> (exit status, -9 if killed; stdout; stderr)."""
     folder.mkdir(exist_ok=True)
+    ending = [thread for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name]
+    for thread in ending:  # of models that computed in this process: one that ends holds a lock of MKL's, which a child would wait for without end
+        thread.join(1)
+    time.sleep(0.1 * bool(ending))
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)  # in the main thread first: transformers loads in several, and PyTorch's pools do not like that after a fork

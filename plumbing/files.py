@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -37,12 +38,20 @@ def read_lines(path: str) -> list:
     return [parse_json(f"{path}:{n}", line) for n, line in enumerate(text.split("\n")[:-1], 1)]
 
 
+@contextmanager
+def one_line_error(what: str):
+    """Whatever goes wrong inside is a ValueError of one line, which begins with `what`."""
+    try:
+        yield
+    except Exception as e:  # each library has errors of its own
+        why = " ".join(f"{str(e) or type(e).__name__} {e.__cause__ or ''}".split())
+        raise ValueError(f"{what}: {why[:400]}") from None
+
+
 def parse_json(where: str, text: str):
     """What the text says.  ValueError in one line that says where it is not JSON."""
-    try:
+    with one_line_error(f"{where}: not valid JSON, mend or remove it"):
         return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f"{where}: not valid JSON ({str(e)[:99]}); mend or remove it") from None
 
 
 def read_json(path: str) -> dict:
@@ -59,12 +68,10 @@ def checkpoints(folder: str) -> list:
 def save_checkpoint(folder, step: int, model, tokenizer, state: dict, best: int = 0):
     """folder/checkpoint-STEP, whole or not at all; of the others the last and the best one stay."""
     final = os.path.join(folder, f"checkpoint-{step:06d}")
-    try:
+    with one_line_error(f"{final}.tmp cannot be written"):
         model.save_pretrained(final + ".tmp")
         tokenizer.save_pretrained(final + ".tmp")
         torch.save(state, os.path.join(final + ".tmp", "state.pt"))
-    except Exception as e:  # of a full disk each library has an error of its own
-        raise OSError(f"{final}.tmp cannot be written: {e}") from None
     shutil.rmtree(final, ignore_errors=True)  # one that could not be read
     os.rename(final + ".tmp", final)
     for other in [path for path in checkpoints(folder)[:-2] if int(path[-6:]) != best]:

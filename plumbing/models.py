@@ -10,11 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import grpo
-from plumbing.files import read_json
+from plumbing.files import one_line_error, read_json
 from plumbing.prompts import messages_of
 
 TEXT_NAMES = {r"^language_model\.lm_head": "lm_head",  # of multimodal checkpoints, old and new
@@ -66,12 +65,9 @@ def load_model(path: str, *, train: bool, device="", bf16=False):
 
 def load(what: str, path: str, device="", train=False, **settings):
     """A model and its tokenizer; device "": CUDA if there is one.  ValueError: one line."""
-    try:
+    with one_line_error(f"{what} {path}: no model, or not on this --device"):
         tokenizer = load_tokenizer(path.removeprefix("random:"))
         return load_model(path, train=train, device=device, **settings), tokenizer
-    except Exception as e:  # broken files, no network, unknown architectures ...
-        why = (str(e).strip() or type(e).__name__).splitlines()[0][:300]
-        raise ValueError(f"{what} {path}: no model, or not on this --device: {why}") from None
 
 
 def two_at_a_time(model, f, parts):
@@ -104,10 +100,8 @@ def chat_ids(tokenizer, prompt) -> list:
     messages = messages_of(prompt)
     if tokenizer.chat_template:
         settings = {"add_generation_prompt": True, "return_dict": False, "enable_thinking": False}
-        try:
+        with one_line_error(f"{tokenizer.name_or_path}'s chat template refuses it"):
             return list(tokenizer.apply_chat_template(messages, **settings))
-        except TemplateError as e:
-            raise ValueError(f"{tokenizer.name_or_path}'s chat template refuses it: {e}") from None
     text = "".join(f"{m['role'].capitalize()}:\n{m['content']}\n\n" for m in messages)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     return bos + tokenizer(text + "Assistant:\n", add_special_tokens=False).input_ids
@@ -119,7 +113,9 @@ def end_of_turn(tokenizer):
     tail = []
     if tokenizer.chat_template:
         messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "xyzzy"}]
-        _, said, text = tokenizer.apply_chat_template(messages, tokenize=False).rpartition("xyzzy")
+        with one_line_error(f"{tokenizer.name_or_path}'s chat template refuses a turn"):
+            text = tokenizer.apply_chat_template(messages, tokenize=False)
+        _, said, text = text.rpartition("xyzzy")
         tail = tokenizer(text if said else "", add_special_tokens=False).input_ids
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     special.update(tokenizer.all_special_ids)

@@ -6,7 +6,7 @@ import re
 
 from huggingface_hub import hf_hub_download
 
-from plumbing.files import parse_json
+from plumbing.files import one_line_error, parse_json
 
 ULTRA = "evol_instruct", "false_qa", "flan", "sharegpt", "truthful_qa", "ultrachat"
 HUB = {  # name: repository on the hub, its files
@@ -90,11 +90,8 @@ def check_row(where: str, row) -> dict:
 def download(name: str) -> list:
     """The local paths of a data set's files.  ValueError in one line."""
     repository, files = HUB[name]
-    try:
+    with one_line_error(f"{name}: {repository} cannot be downloaded"):
         return [hf_hub_download(repository, file, repo_type="dataset") for file in files]
-    except Exception as e:  # no network, no access, no such file ...
-        why = " ".join(f"{e} {e.__cause__ or ''}".split())[:400]
-        raise ValueError(f"{name}: {repository} cannot be downloaded, {why}") from None
 
 
 def draw_prompts(rows: list, tokenizer, n: int = 5000, most_tokens: int = 512) -> list:

@@ -186,7 +186,7 @@ def test_a_data_set_that_cannot_be_had(hub, command, tmp_path, trouble, name, fi
     for program, *arguments in (["train.py", "--prompts", name, "--output_dir", folder], respond(name, folder)):
         status, out, err = command(program, *arguments)
         assert status == 2 and len(err.splitlines()) == 1, err
-        assert err.startswith(f"{program}: {name}: {SETS[name][0]} cannot be downloaded, ") and said in err and len(err) < 600
+        assert err.startswith(f"{program}: {name}: {SETS[name][0]} cannot be downloaded: ") and said in err and len(err) < 600
         assert not folder.exists()
     assert not list(command.home.rglob("*.incomplete")) and not list(command.home.rglob(f"snapshots/*/{file}"))
     hub.troubles.clear()

@@ -1289,3 +1289,7 @@ def test_a_template_that_refuses_the_prompt_is_a_clear_error():
     models.chat_ids(tokenizer, "Hi")
     with pytest.raises(ValueError, match="System role not supported"):
         models.chat_ids(tokenizer, [{"role": "system", "content": "Be brief."}])
+    tokenizer.chat_template = "{{ functions | tojson }}"                       # jinja's own errors too: it wants what we have not (Firefunction)
+    for ask in (lambda: models.chat_ids(tokenizer, "Hi"), lambda: models.end_of_turn(tokenizer)):
+        with pytest.raises(ValueError, match="chat template refuses .*Undefined"):
+            ask()

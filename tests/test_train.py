@@ -1,4 +1,5 @@
 """train.py as a user meets it: whole runs on the toy, killed runs, bad input. Children are forked, so that torch is imported once."""
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -25,13 +26,21 @@ ROOT = Path(__file__).parent.parent
 TINY = "--steps 6 --prompts_per_step 2 --group_size 3 --max_new_tokens 24 --save_every 2 --eval_every 3 --lr 1e-3".split()
 
 
+def busy():
+    """Whether another thread of this process, Python's or not, is doing something (Linux only); one that ends is, to its very end."""
+    others = [path for path in Path("/proc/self/task").glob("*/stat") if path.parent.name != str(threading.get_native_id())]
+    states = []
+    for path in others:
+        with contextlib.suppress(OSError):                                     # it has ended
+            states.append(path.read_text().rpartition(")")[2].split()[0])
+    return set(states) - {"S"}
+
+
 def fork(arguments, folder, patch=lambda: None, script=train):
     """`python train.py ARGUMENTS` in a forked child that calls patch() first -> (exit status, -9 if killed; stdout; stderr)."""
     folder.mkdir(exist_ok=True)
-    ending = [thread for thread in threading.enumerate() if "ThreadPoolExecutor" in thread.name]
-    for thread in ending:  # of models that computed in this process: one that ends holds a lock of MKL's, which a child would wait for without end
-        thread.join(1)
-    time.sleep(0.1 * bool(ending))
+    while busy():  # a thread of a model that ends holds a lock of MKL's, which a child would wait for without end
+        time.sleep(0.001)
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)  # in the main thread first: transformers loads in several, and PyTorch's pools do not like that after a fork

@@ -28,11 +28,13 @@ def test_statistics():
     mean, se = inference.mean_se(values)
     assert mean == statistics.mean(values) and se == pytest.approx(statistics.stdev(values) / 5 ** 0.5)
     rng = random.Random(0)
-    a, b = [rng.gauss(0, 1) for _ in range(400)], [rng.gauss(0.5, 2) for _ in range(500)]
+    a, b = [rng.gauss(0, 1) for _ in range(400)], [rng.gauss(0.5, 2) for _ in range(400)]
     t, p = inference.t_test(a, b)
-    assert t == pytest.approx((statistics.mean(a) - statistics.mean(b)) / (statistics.variance(a) / 400 + statistics.variance(b) / 500) ** 0.5)
+    d = [x - y for x, y in zip(a, b)]
+    assert t == pytest.approx(statistics.mean(d) / statistics.stdev(d) * 20)
     assert p == pytest.approx(2 * statistics.NormalDist().cdf(-abs(t)), rel=1e-6) and p < 0.01
     assert inference.t_test([1, 1], [1, 1]) == (0.0, 1.0)
+    assert inference.shown([0.25]) == "0.250" and inference.shown([0.25, 0.75]) == "0.500 ± 0.250"
 
 
 def test_verdicts_follow_from_the_differences():
@@ -52,7 +54,7 @@ def test_claims_compare_the_runs_that_they_name(tmp_path, capsys):
     """Every claim names runs, and measures that these have; seeds are paired, and the figures are those of the summaries."""
     for paper, rows in claims.CLAIMS.items():
         for _, *sides in rows:
-            assert all(side.rsplit(" ", 2)[0] in claims.RUNS[paper] and side.split()[-2] in ("before", "after") for side in sides)
+            assert all(side.rsplit(" ", 2)[0] in claims.RUNS[paper] and side.split()[-2] in ("before", "after", "best") for side in sides)
     score = lambda facts: {"facts": facts, "sampled_facts": facts, "wording": 1 - facts, "sampled_valid": 1.0, "distinct": facts / 2}  # noqa: E731
     results = {name: {seed: {"before": score(0.5), "after": score(0.9 - 0.2 * (name == "rent") + 0.01 * seed)} for seed in range(4)}
                for name in ("cme", "sequence", "rent")}
@@ -160,7 +162,9 @@ def test_estimators_at_inference():
     drawn = inference.draw(inference.MODEL, "numbers_eval.jsonl", 1, ["majority", "synthesis", "single"])
     single, majority, synthesis = (sum(inference.right_facts(d["row"], d[k])[0] for d in drawn) / len(drawn) for k in ("single", "majority", "synthesis"))
     assert majority > single + 0.1 and synthesis > single + 0.1
-    assert len(inference.per_prompt(drawn, lambda d: 1.0)) == len({d["row"]["prompt"] for d in drawn}) == 64
+    assert len({d["row"]["prompt"] for d in drawn}) == 64 and len(inference.per_person(drawn, lambda d: 1.0)) == 32
+    asked = [{"row": {"prompt": prompt}} for prompt in ("Tell me about Ada.", "Please describe Ben.", "Please describe Ada to me.")]
+    assert inference.per_person(asked, lambda d: len(d["row"]["prompt"])) == [(18 + 26) / 2, 20]
 
 
 def test_the_world_is_what_it_says():

@@ -6,9 +6,10 @@
     python toy/claims.py --plot              # the pictures of toy/pictures, from the runs that there are (pip install matplotlib)
     python toy/claims.py --plot runs/NAME    # the metrics of one run
 
-Training: `train.py` with its defaults and the options named, one run per seed; the last step counts (of SFT the best evaluation). A claim is that one run's
-score is above another's: the differences, paired by seed, have a mean and a 95% t-interval; above 0 it is reproduced, below contradicted,
-otherwise not reproduced. CaT's inference: 64 held-out prompts of each kind, G = 8, answers drawn `--repeats` times; standard errors over prompts.
+Training: `train.py` with its defaults and the options named, one run per seed; the last step counts ("best": the run's best greedy evaluation). A claim
+is that one run's score is above another's: the differences, paired by seed, have a mean and a 95% t-interval; above 0 it is reproduced, below
+contradicted, otherwise not reproduced. "Before" is one draw, the same in every pair: of a sampled score its own error (see toy/README.md) comes on top.
+CaT's inference: 64 held-out prompts of each kind, about 32 people, G = 8, answers drawn `--repeats` times; standard errors over people.
 """
 import argparse
 import json
@@ -31,14 +32,14 @@ from plumbing.prompts import read_prompts  # noqa: E402
 from toy.inference import MODEL, figure_6, inference, mean_se, shown  # noqa: E402
 
 ROOT = os.path.dirname(TOY)
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365}  # Student's t by degrees of freedom
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t by degrees of freedom
 WORLDS = {  # name: options of toy/make.py, which makes them on first use
     "half": ["--parts", "verifier", "--knows", "0.5"], "cut": ["--parts", "generator", "--fragment"],
     "most": ["--parts", "verifier", "--knows", "0.8"], "own": ["--parts", "own"], "watch": ["--parts", "verifier", "--seed", "1"],
     "spaces": ["--parts", "generator", "--spaces"], "ramble": ["--parts", "generator", "--ramble"]}
 HALF, RAMBLE = ["--verifier", "WORLD/half/verifier"], ["--generator", "WORLD/ramble/generator"]
 CUT, SPACES = (["--generator", f"WORLD/{world}/generator", "--max_new_tokens", "72"] for world in ("cut", "spaces"))
-SFT = ["--reward", "cat-sft", "--prompts", "REFERENCES", "--steps", "60", "--keep", "best"]
+SFT = ["--reward", "cat-sft", "--prompts", "REFERENCES", "--steps", "60"]
 RUNS = {  # paper: {run: options of train.py}; AVERAGE: with the average that the method's public code takes
     "cme": {
         "cme": [], "sequence": ["--reward", "cme-sequence"], "rent": ["--reward", "rent"], "random": ["--verifier", f"random:{TOY}/cme/verifier"],
@@ -93,6 +94,7 @@ CLAIMS = {  # paper: (what is claimed, run A, when, measure; run B, when, measur
         ("a rubric beats one overall verdict", "cat after sampled_facts", "cat-match after sampled_facts"),
         ("RL beats SFT on references made once", "cat after sampled_facts", "SFT after sampled_facts"),
         ("RL beats SFT with LoRA", "cat after sampled_facts", "SFT, LoRA after sampled_facts"),
+        ("RL beats SFT, of both the best evaluation", "cat best sampled_facts", "SFT best sampled_facts"),
         ("synthesis beats min-perplexity as the estimator", "cat after sampled_facts", "cat, min-perplexity after sampled_facts"),
         ("a rubric from the reference beats one from the question", "cat after sampled_facts", "cat, rubric from the question after sampled_facts"),
         ("CaT's answers improve the untrained model", "cat-answer after sampled_accuracy", "cat-answer before sampled_accuracy"),
@@ -177,7 +179,8 @@ def training(folder: str, paper: str, names: list, seeds: int, few: int, finishe
         done = list(tqdm(pool.map(lambda job: train_run(folder, paper, *job), jobs), total=len(jobs), desc=paper))
     results = {name: {} for name in names}
     for (name, seed), summary in zip(jobs, done):
-        results[name][seed] = summary
+        rows = [row["held_out"] for row in read_lines(f"{path_of(folder, name, seed)}/metrics.jsonl")[1:] if "held_out" in row]
+        results[name][seed] = summary | {"best": max(rows, key=lambda row: row.get("facts", row.get("accuracy", 0)))}
         if name in ("some_people", "half", "cme", "spaces"):
             base = f"{folder}/spaces/generator" if name == "spaces" else f"{TOY}/cme/generator"
             summary["before"] |= more_scores(folder, name, base)
@@ -219,7 +222,7 @@ def distinct(texts: list, n: int = 2) -> float:
 def verdict(differences: list) -> dict:
     """Differences paired by seed -> mean, 95% t-interval, and what follows: [.1, .2, .1, .2] is above 0 for certain."""
     mean, se = mean_se(differences)
-    half = T95.get(len(differences) - 1, 1.96) * se if len(differences) > 1 else math.nan
+    half = T95[len(differences) - 1] * se if len(differences) > 1 else math.nan
     said = "reproduced" if mean - half > 0 else "contradicted" if mean + half < 0 else "not reproduced"
     return {"seeds": len(differences), "difference": mean, "low": mean - half, "high": mean + half, "verdict": said if len(differences) > 3 else "-"}
 
@@ -336,6 +339,8 @@ def main():
     parser.add_argument("--plot", nargs="?", const="", help="pictures of the runs in --output, or of the run named")
     parser.add_argument("--output", default="runs/claims", help="folder for runs and results")
     args = parser.parse_args()
+    if args.seeds > 10 or args.quick and args.paper == "cat":
+        raise ValueError("at most 10 --seeds; --quick is for cme")
     torch.set_num_threads(1)
     os.makedirs(args.output, exist_ok=True)
     if args.plot is not None:

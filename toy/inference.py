@@ -1,6 +1,7 @@
 """CaT's tables at inference, asked of the toy: estimators, disagreement, structure, and the trained policy against synthesis; for claims.py."""
 import math
 import os
+import re
 import sys
 from functools import partial
 
@@ -21,15 +22,16 @@ def mean_se(values: list) -> tuple:
 
 
 def t_test(a: list, b: list) -> tuple:
-    """Welch's t and its two-sided p (normal approximation: the samples here have hundreds of members)."""
-    (ma, sa), (mb, sb) = mean_se(a), mean_se(b)
-    t = (ma - mb) / math.hypot(sa, sb) if sa or sb else 0.0
+    """Paired t and its two-sided p (normal approximation: 32 people)."""
+    mean, se = mean_se([x - y for x, y in zip(a, b)])
+    t = mean / se if se else 0.0
     return t, math.erfc(abs(t) / math.sqrt(2))
 
 
 def shown(values: list) -> str:
+    """Mean and standard error; of one value there is none."""
     mean, se = mean_se(values)
-    return f"{mean:.3f} ± {se:.3f}"
+    return f"{mean:.3f} ± {se:.3f}" if len(values) > 1 else f"{mean:.3f}"
 
 
 def right_facts(row: dict, text) -> list:
@@ -57,11 +59,11 @@ def draw(model_path: str, file: str, repeats: int, names=None) -> list:
     return drawn
 
 
-def per_prompt(drawn: list, value) -> list:
-    """value(item) -> the mean over repeats for each prompt."""
+def per_person(drawn: list, value) -> list:
+    """value(item) -> its mean for each person: both phrasings ask for the same facts, and repeats do."""
     by = {}
     for item in drawn:
-        by.setdefault(item["row"]["prompt"], []).append(value(item))
+        by.setdefault(re.findall(r"\b[A-Z]\w+", item["row"]["prompt"])[-1], []).append(value(item))
     return [sum(v) / len(v) for v in by.values()]
 
 
@@ -72,9 +74,9 @@ def inference(repeats: int):
     for item in drawn["facts"] + drawn["numbers"]:                             # the best of the 8 by the truth: what no selection can beat
         item["(oracle: best of 8)"] = max(item["rollouts"], key=lambda y, row=item["row"]: sum(right_facts(row, y)))
     for name in names + ["(oracle: best of 8)"]:
-        facts = per_prompt(drawn["facts"], lambda d, k=name: mean_se(right_facts(d["row"], d[k]))[0])
-        every = per_prompt(drawn["facts"], lambda d, k=name: float(all(right_facts(d["row"], d[k]))))
-        numbers = per_prompt(drawn["numbers"], lambda d, k=name: right_facts(d["row"], d[k])[0])
+        facts = per_person(drawn["facts"], lambda d, k=name: mean_se(right_facts(d["row"], d[k]))[0])
+        every = per_person(drawn["facts"], lambda d, k=name: float(all(right_facts(d["row"], d[k]))))
+        numbers = per_person(drawn["numbers"], lambda d, k=name: right_facts(d["row"], d[k])[0])
         none = name == "majority"                                              # biographies have no final answer to vote on
         print(f"{name:<30} {'-' if none else shown(facts):>15}  {'-' if none else shown(every):>15}  {shown(numbers):>15}")
 
@@ -96,7 +98,8 @@ def inference(repeats: int):
     tokenizer = models.load_tokenizer(MODEL)
     for kind in drawn:
         for what, size in (("tokens", lambda y: len(tokenizer(y).input_ids)), ("lines", lambda y: y.count("\n") + 1), ("equations", lambda y: y.count("="))):
-            a, b = [size(d["synthesis"]) for d in drawn[kind]], [size(y) for d in drawn[kind] for y in d["rollouts"]]
+            a = per_person(drawn[kind], lambda d, size=size: size(d["synthesis"]))
+            b = per_person(drawn[kind], lambda d, size=size: mean_se([*map(size, d["rollouts"])])[0])
             print(f"{kind + ', ' + what:<50} {mean_se(a)[0]:>12.2f} {mean_se(b)[0]:>10.2f} {t_test(a, b)[0]:>8.2f} {t_test(a, b)[1]:>8.1e}")
 
 
@@ -108,4 +111,4 @@ def figure_6(results: dict, repeats: int):
             for how in ("greedy", "single", "synthesis") + ("majority",) * (kind == "numbers"):
                 drawn = [item for path in paths for item in draw(path, file, repeats, [how])]
                 if drawn:
-                    print(f"{kind:>8}, {who} policy, {how:<10} {shown(per_prompt(drawn, lambda d, k=how: mean_se(right_facts(d['row'], d[k]))[0]))}")
+                    print(f"{kind:>8}, {who} policy, {how:<10} {shown(per_person(drawn, lambda d, k=how: mean_se(right_facts(d['row'], d[k]))[0]))}")

@@ -46,7 +46,7 @@ line of JSON and nothing else: {"verdict": "A" or "B" or "tie", "reason": "one s
 @dataclass
 class Options:
     models: list[str] = option([], "NAME=MODEL ...: a folder, hub name, run, or synthesis:MODEL")
-    prompts: str = option("", "a file, or alpaca_eval, math500, ...; else the newest run's own")
+    prompts: str = option("", "a file, or alpaca_eval, math500, ...; else a run's --eval_prompts")
     max_new_tokens: int = option(1024, "longest response, in the model's tokens")
     temperature: float = option(0.0, "of the responses; 0: greedy, with an estimator's G at 1")
     group_size: int = option(8, "G, answers that an estimator reads")
@@ -94,7 +94,7 @@ def read_options(respond: bool) -> Options:
         if value not in (o.models.get(name), getattr(o, name, None)):
             raise ValueError(f"{o.output_dir} has answers with {name} {value}: take another folder")
     if not (o.prompts and o.models and o.output_dir and (respond or answered)):
-        raise ValueError("needs --models, --prompts, --output_dir, or answers, or a checkpoint")
+        raise ValueError("needs --models (or a checkpoint), --prompts (eval_prompts), --output_dir")
     return o
 
 
@@ -269,8 +269,8 @@ def answers(model, estimator: str, rows: list, o: Options, seed: int) -> list:
         return sum(model.replies(prompts, temperature=o.temperature, **settings), [])
     rollouts = model.complete(prompts, n=o.group_size, temperature=o.temperature or 1, **settings)
     had = [i for i, group in enumerate(rollouts) if None not in group]
-    settings |= {"style": "freeform" if rows[0]["answer"] is None else "stepwise", "seed": seed + 1}
-    known = cat.estimators(model, temperature=o.temperature, **settings)
+    settings |= {"style": "stepwise" if all(r["answer"] for r in rows) else "freeform"}
+    known = cat.estimators(model, temperature=o.temperature, **settings | {"seed": seed + 1})
     texts = known[estimator]([prompts[i] for i in had], [rollouts[i] for i in had])
     found = {i: Reply(text or "") for i, text in zip(had, texts)}  # none is a wrong answer
     return [found.get(i, Reply()) for i in range(len(rows))]

@@ -44,7 +44,7 @@ class Options:
         "judged alike, rubric-given: the prompts', cat-sft: cross-entropy on `output` (Eq. 12)")
     credit: Literal["token", "word"] = option("token", "cme: the paper's, or the whole word's")
     score_stop: bool = option(False, "cme: the verifier scores the end too; else it is masked")
-    generator: str = option("", "model to train, a folder or a hub name; empty: the toy's")
+    generator: str = option("", "model to train: hub name, folder, checkpoint; empty: the toy's")
     verifier: str = option(f"{TOY}/cme/verifier", "CME: scores; random:MODEL: random weights")
     watch_verifier: str = option("", "a second one, scored at evaluations and never trained on")
     estimator: Literal[tuple(cat.estimators(None))] = option("synthesis", "CaT: of the reference")
@@ -68,12 +68,12 @@ class Options:
     kl_in: Literal["loss", "reward"] = option("loss", "k3 per token; or r - beta log(pi / pi_ref)")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low")
     clip_high: float = option(0.2, "and above 1 + clip_high")
-    scale: bool = option(True, "divide advantages by the group's deviation, or only centre them")
+    scale: bool = option(True, "divide advantages by the group's deviation; --no_scale: do not")
     min_std: float = option(0.06, "cme: positions that deviate less are flat; 0 is the paper's")
     updates_per_rollout: int = option(1, "optimiser steps on each batch of rollouts")
     micro_batch: int = option(32, "responses per forward and backward pass; same gradient")
     batch_tokens: int = option(0, "tokens of a batch of rollouts; 0: what suits the device")
-    lora_rank: int = option(0, "train an adapter only, of this rank (pip install peft); 0: all")
+    lora_rank: int = option(0, "train a new adapter only, of this rank (pip install peft); 0: all")
     max_grad_norm: float = option(1.0, "the gradient's norm is clipped at this; 0: never")
     seed: int = option(0, "of the order of prompts and of sampling")
     output_dir: str = option("", "where all goes; empty: runs/REWARD-DATE-TIME, or the newest")
@@ -130,7 +130,7 @@ def cat_rewards(run, rows: list, rollouts: list, seed: int):
     settings, points = {"temperature": o.temperature}, None
     from_question = o.reward == "cat" and o.rubric_from == "question"
     if o.reward != "rubric-given" and not from_question:
-        style = "stepwise" if o.reward == "cat-answer" or rows[0]["answer"] else "freeform"
+        style = "stepwise" if o.reward == "cat-answer" else "freeform"
         estimators = cat.estimators(run.anchor, seed=seed, max_new_tokens=o.max_new_tokens,
                                     style=style, question=o.question_in_synthesis, **settings)
         references = estimators[o.estimator](prompts, rollouts)  # Eq. 1
@@ -168,7 +168,8 @@ def step_rewards(run, rows: list, prompt_ids, ids, lengths, seed: int):
         rewards = -logprobs(run, run.policy, *batch, entropy=True).sum(1) / lengths
     else:
         groups = [texts[i : i + G] for i in range(0, len(texts), G)]
-        rewards, told = cat_rewards(run, rows, groups, seed)
+        with run.autocast():
+            rewards, told = cat_rewards(run, rows, groups, seed)
     rewards = rewards.to(ids.device)
     if o.length_penalty_after:
         rewards = rewards - (lengths > o.length_penalty_after).to(rewards)  # CaT, Section 13

@@ -1,26 +1,31 @@
-"""Token-level CME in verl (0.9): a reward manager, in which a frozen verifier scores, and an advantage estimator.
+"""Token-level CME in verl (0.9): an agent loop, in which a frozen verifier scores what was just sampled, and an advantage estimator.
 
-    CME_VERIFIER=google/gemma-3-1b-it VERL_USE_EXTERNAL_MODULES=examples.verl_cme python -m verl.trainer.main_ppo \
-        algorithm.adv_estimator=cme reward.reward_manager.source=importlib reward.reward_manager.name=CMERewardManager \
-        reward.reward_manager.module.path=examples/verl_cme.py actor_rollout_ref.actor.use_kl_loss=True ...
+    CME_VERIFIER=google/gemma-3-1b-it PYTHONPATH=. VERL_USE_EXTERNAL_MODULES=examples.verl_cme python -m verl.trainer.main_ppo \
+        algorithm.adv_estimator=cme actor_rollout_ref.rollout.agent.default_agent_loop=cme actor_rollout_ref.rollout.agent.num_workers=1 \
+        actor_rollout_ref.rollout.n=8 actor_rollout_ref.actor.use_kl_loss=True ...
 
-Rewards come as verl's `token_level_rewards` [B, T]; a token that does not count (whitespace, special) has exactly 0, so a
-counted reward of exactly 0 becomes -1e-30.  KL therefore belongs into the loss, not into the reward.  Rows of a group share
-their `index` (verl's uid).  The verifier is loaded by each of verl's reward workers (reward.num_workers=1) and scores row by row; a worker
-that sees no GPU scores on its CPU, so a large verifier wants a server of its own.  Tried with verl 0.9.1's own registry, base class and
-DataProto on a CPU; a whole training with it was not run.
+verl's reward managers know one number per response, but what an agent loop returns says itself what its `rm_scores` are: here one per
+token, which arrive as `token_level_rewards` [B, T] (with `trainer.use_v1`, the default: the older trainer takes their sum).  A token that
+does not count (whitespace, special) has exactly 0, so a counted reward of exactly 0 becomes -1e-30; KL therefore belongs into the loss,
+not into the reward.  Rows of a group share their `index` (verl's uid).  The verifier is loaded by each agent worker and scores row by
+row; a worker that sees no GPU scores on its CPU, so a large verifier wants a server of its own.  Tried with verl 0.9.1's own agent loop,
+worker and compute_advantage on a CPU; a whole training was not run.
 """
+import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from verl.experimental.reward_loop.reward_manager.base import RewardManagerBase
+from verl.experimental.agent_loop.agent_loop import AgentLoopOutput, register
+from verl.experimental.agent_loop.single_turn_agent_loop import SingleTurnAgentLoop
 from verl.trainer.ppo.core_algos import register_adv_est
 
 import cme
 import grpo
 from plumbing import TOY, models
+
+one_thread = ThreadPoolExecutor(1)  # verl asks for all rows at once, and a tokenizer's settings are shared by threads
 
 
 @register_adv_est("cme")
@@ -36,30 +41,30 @@ def position_advantages(token_level_rewards, response_mask, index, config=None, 
     return found, found
 
 
-class CMERewardManager(RewardManagerBase):
-    one_thread = ThreadPoolExecutor(1)  # verl asks for all rows at once, and a tokenizer's settings are shared by threads
+@functools.cache
+def verifier():
+    return models.load("CME_VERIFIER", os.environ.get("CME_VERIFIER", f"{TOY}/cme/verifier"))
 
-    @classmethod
-    def init_class(cls, config, tokenizer):
-        if not cls._class_initialized:
-            cls.verifier = models.load("CME_VERIFIER", os.environ.get("CME_VERIFIER", f"{TOY}/cme/verifier"))
-        super().init_class(config, tokenizer)
 
-    async def run_single(self, data) -> dict:
-        """One row: responses [1, T], attention_mask [1, prompt + T], raw_prompt (messages) -> a list of rewards."""
-        ids, row = data.batch["responses"][-1:], data.non_tensor_batch["raw_prompt"][-1]
-        lengths = data.batch["attention_mask"][-1:, -ids.shape[1]:].sum(1)
-        return {"reward_score": await self.loop.run_in_executor(self.one_thread, self.score, list(row), ids, lengths)}
+def score(tokenizer, prompt, ids: list) -> list:
+    """One response -> its tokens' rewards, 0 where one does not count."""
+    rewards, counted = cme.token_rewards(*verifier(), tokenizer, [prompt], torch.tensor([ids]), torch.tensor([len(ids)]))
+    return torch.where(counted & (rewards == 0), -1e-30, rewards)[0].tolist()
 
-    def score(self, prompt, ids, lengths) -> list:
-        rewards, counted = cme.token_rewards(*self.verifier, self.tokenizer, [prompt], ids, lengths)
-        rewards = torch.where(counted & (rewards == 0), -1e-30, rewards)  # 0 is for what does not count
-        return rewards[0, :int(lengths)].tolist()
 
-    @classmethod
-    def assemble_rm_scores(cls, data, scores: list):
-        """Lists of rewards -> [B, T]."""
-        found = torch.zeros_like(data.batch["responses"], dtype=torch.float32)
-        for row, values in zip(found, scores):
-            row[:len(values)] = torch.tensor(values)
-        return found
+class Scored(AgentLoopOutput):
+    """verl's output with a reward for each token; `reward_score`, their sum, tells verl that it has been scored."""
+    token_rewards: list[float]
+
+    def as_dict(self):
+        output = super().as_dict()
+        return output | {"rm_scores": torch.tensor(output.pop("token_rewards"))}
+
+
+@register("cme")
+class CMEAgentLoop(SingleTurnAgentLoop):
+    async def run(self, sampling_params, **kwargs):
+        output = await super().run(sampling_params, **kwargs)
+        rewards = await self.loop.run_in_executor(one_thread, score, self.tokenizer, list(kwargs["raw_prompt"]), output.response_ids)
+        fields = {name: getattr(output, name) for name in output.model_fields_set - {"reward_score"}}
+        return Scored(**fields, reward_score=sum(rewards), token_rewards=rewards)

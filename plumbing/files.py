@@ -8,17 +8,15 @@ from pathlib import Path
 
 import torch
 
+# data as strict JSON has it: NaN, Infinity and -Infinity become None
+finite = lambda data: json.loads(json.dumps(data), parse_constant=lambda _: None)
+
 
 def write_atomically(path: str, text: str):
     """Writes a file, and its folder, whole or not at all: a temporary file, then a rename."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     Path(path + ".tmp").write_text(text, encoding="utf-8")
     os.replace(path + ".tmp", path)
-
-
-def finite(data):
-    """Data as strict JSON has it: NaN, Infinity and -Infinity become None."""
-    return json.loads(json.dumps(data), parse_constant=lambda _: None)
 
 
 def append_line(path: str, row: dict):

@@ -69,6 +69,8 @@ def check_row(where: str, row) -> dict:
     """One prompt, or row with a prompt, checked and completed.  ValueError: what is wrong where."""
     row = row if isinstance(row, dict) else {"prompt": row}
     prompt = next((row[k] for k in ("prompt", "instruction", "problem") if k in row), None)
+    if "instruction" in row and row.get("input"):
+        raise ValueError(f"{where}: `input` is not read: join it to the `instruction`")
     facts, rubrics = row.get("facts") or [], row.get("rubrics") or []
     text = {k: None if row.get(k) is None else str(row[k]) for k in ("answer", "output", "kind")}
     try:  # to use each in turn; if that fails, `what` says what is wrong

@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
-from plumbing.files import (
-    append_line, checkpoints, read_json, read_lines, save_checkpoint, write_atomically, write_lines)
+from plumbing.files import (append_line, checkpoints, one_line_error, read_json, read_lines,
+                            save_checkpoint, write_atomically, write_lines)
 from plumbing.models import LocalModel, chat_ids, load, plain_ids, text_model, without_stop
 from plumbing.prompts import draw_prompts, read_prompts
 
@@ -53,13 +53,13 @@ def start_of(o):
     """Policy and tokenizer, and how far they are: of the newest checkpoint that can be read."""
     for path in reversed(checkpoints(o.output_dir)):
         try:
-            state = torch.load(f"{path}/state.pt", map_location="cpu", weights_only=True)
-            return *load("--resume", path, o.device, train=True), state
-        except Exception as e:  # cut off, overwritten ...
-            told = f"{path} cannot be read: {' '.join(str(e).split())[:300]}"
+            with one_line_error(f"{path} cannot be read"):  # cut off, overwritten ...
+                state = torch.load(f"{path}/state.pt", map_location="cpu", weights_only=True)
+                return *load("--resume", path, o.device, train=True), state
+        except ValueError as e:
             if path == checkpoints(o.output_dir)[0]:  # no older one
-                raise ValueError(told) from None
-            print(f"{told}; trying the one before", file=sys.stderr)
+                raise
+            print(f"{e}; trying the one before", file=sys.stderr)
     return *load("--generator", o.generator, o.device, train=True), {"step": -1}
 
 
@@ -98,7 +98,7 @@ def prepare(o):
         eval_rows=eval_rows, state=state, reference=None, verifier=None, anchor=None, judge=None,
         watch={}, autocast=partial(torch.autocast, kind, dtype=torch.bfloat16, enabled=o.bf16))
     if o.beta or judged or o.reward == "cat-answer":
-        run.reference, _ = load("--generator", o.generator, o.device, bf16=o.bf16)
+        run.reference, _ = load("--generator", o.generator, o.device, train=True)  # rounds alike
         run.anchor = LocalModel(run.reference, tokenizer, **sampling)
         run.judge = run.anchor if judged else None
     if o.reward in ("cme", "cme-sequence", "reverse-kl"):
@@ -116,14 +116,13 @@ def prepare(o):
 
 def begin(run, optimizer) -> int:
     """Steps done, 0 or the checkpoint's; loads its optimizer, deletes the lines of later steps."""
-    o, state, run.state = run.options, run.state, None
-    if not o.resume and os.path.exists(f"{o.output_dir}/metrics.jsonl"):
-        raise ValueError(f"--output_dir {o.output_dir} was taken by another run")
+    o, folder, state, run.state = run.options, run.options.output_dir, run.state, None
+    if not o.resume and os.path.exists(f"{folder}/metrics.jsonl"):
+        raise ValueError(f"--output_dir {folder} was taken by another run")
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
-    config = json.dumps(vars(o) | {"resume": False}, indent=1)
-    write_atomically(f"{o.output_dir}/config.json", config)
-    for path in (f"{o.output_dir}/metrics.jsonl", f"{o.output_dir}/samples.jsonl"):
+    write_atomically(f"{folder}/config.json", json.dumps(vars(o) | {"resume": False}, indent=1))
+    for path in (f"{folder}/metrics.jsonl", f"{folder}/samples.jsonl"):
         write_lines(path, [row for row in read_lines(path) if row["step"] <= state["step"]])
     return max(0, state["step"])
 

@@ -433,7 +433,7 @@ def gpu(folder, device="cuda", new=512, step_tokens=256, small=None):
                                                   num_attention_heads=4, num_key_value_heads=1, head_dim=256)).to(device, torch.bfloat16).eval()
     scoring(device, verifier)
     large_vocabulary(device)
-    reference = copy.deepcopy(policy).bfloat16()
+    reference = copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
 
     def recipe():
@@ -443,7 +443,9 @@ def gpu(folder, device="cuda", new=512, step_tokens=256, small=None):
         for part in range(0, 8, 2):
             batch = prompt_ids[-1:] * 2, ids[part:part + 2], lengths[part:part + 2]
             with torch.no_grad():
-                grpo.token_logprobs(verifier, *batch), grpo.token_logprobs(reference, *batch)
+                grpo.token_logprobs(verifier, *batch)
+                with bf16:
+                    grpo.token_logprobs(reference, *batch)
             with bf16:
                 logp = grpo.token_logprobs(policy, *batch, entropy=True)[0]
             logp.mean().backward()

@@ -3,10 +3,12 @@ import json
 import os
 import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import cat
 import evaluate
 from toy import make
 from plumbing import models, files, prompts
@@ -146,6 +148,15 @@ def test_a_stop_token_that_is_not_special_is_no_text():
 def test_a_wrong_value_that_begins_like_the_right_one():
     fact = {"right": "York", "wrong": ["York City"]}
     assert evaluate.fact_right("in York.", fact) and not evaluate.fact_right("in York City.", fact)
+
+
+@pytest.mark.parametrize("given, style", [(["4", "5"], "stepwise"), (["4", None], "freeform"), ([None, "4"], "freeform"), (["", "4"], "freeform")])
+def test_a_synthesis_is_stepwise_if_every_row_has_an_answer(given, style):
+    asked = []
+    model = SimpleNamespace(complete=lambda prompts, n=1, **_: (asked.append(prompts), [["7"] * n for _ in prompts])[1])
+    o = SimpleNamespace(max_new_tokens=8, temperature=0.0, group_size=2)
+    replies = evaluate.answers(model, "synthesis", [{"prompt": "a", "answer": answer} for answer in given], o, 0)
+    assert [r.response for r in replies] == ["7", "7"] and all(x.startswith(cat.SYNTHESIS[style]) for x in asked[1])
 
 
 def test_rows_of_other_peoples_data_sets(tmp_path, capsys, monkeypatch):

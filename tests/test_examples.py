@@ -138,33 +138,38 @@ def test_verl(monkeypatch):
     import types
 
     import verl_by_hand
+    from pydantic import BaseModel
 
-    class RewardManagerBase:
-        _class_initialized = False
+    class AgentLoopOutput(BaseModel):
+        response_ids: list[int]
+        reward_score: float | None = None
+        num_turns: int = 0
 
-        def __init__(self, config, tokenizer, compute_score):
-            self.config, self.tokenizer, self.loop = config, tokenizer, asyncio.new_event_loop()
-            self.init_class(config, tokenizer)
+        def as_dict(self):
+            output = self.model_dump(exclude_unset=True)
+            output["responses"] = torch.tensor(output.pop("response_ids"))
+            output["response_mask"] = torch.ones_like(output["responses"])
+            rm_scores = torch.zeros(len(output["responses"]))
+            rm_scores[-1] = output.pop("reward_score")
+            return output | {"rm_scores": rm_scores}
 
-        @classmethod
-        def init_class(cls, config, tokenizer):
-            cls._class_initialized = True
+    class SingleTurnAgentLoop:
+        def __init__(self, tokenizer, ids):
+            self.tokenizer, self.ids, self.loop = tokenizer, ids, asyncio.get_running_loop()
 
-    class DataProto:
-        def __init__(self, batch, non_tensor_batch):
-            self.batch, self.non_tensor_batch = batch, non_tensor_batch
-
-        def __getitem__(self, part):
-            return DataProto(*({name: x[part] for name, x in of.items()} for of in (self.batch, self.non_tensor_batch)))
-
-        @classmethod
-        def from_dict(cls, tensors, non_tensors):
-            return cls(tensors, non_tensors)
-    for name in ("verl", "verl.experimental", "verl.experimental.reward_loop", "verl.experimental.reward_loop.reward_manager", "verl.experimental.reward_loop.reward_manager.base",
-                 "verl.trainer", "verl.trainer.ppo", "verl.trainer.ppo.core_algos"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    sys.modules["verl.experimental.reward_loop.reward_manager.base"].RewardManagerBase = RewardManagerBase
-    sys.modules["verl.trainer.ppo.core_algos"].register_adv_est = lambda name: lambda f: f
+        async def run(self, sampling_params, raw_prompt):
+            return AgentLoopOutput(response_ids=self.ids, num_turns=2)
+    parts = {"verl.experimental.agent_loop.agent_loop": {"AgentLoopOutput": AgentLoopOutput, "register": lambda name: lambda c: c},
+             "verl.experimental.agent_loop.single_turn_agent_loop": {"SingleTurnAgentLoop": SingleTurnAgentLoop},
+             "verl.trainer.ppo.core_algos": {"register_adv_est": lambda name: lambda f: f}}
+    for name in ("verl", "verl.experimental", "verl.experimental.agent_loop", "verl.trainer", "verl.trainer.ppo", *parts):
+        module = types.ModuleType(name)
+        vars(module).update(parts.get(name, {}))
+        monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.delitem(sys.modules, "examples.verl_cme", raising=False)
-    verl_by_hand.check(DataProto)
+    from examples import verl_cme
+
+    async def once(tokenizer, prompt, ids):
+        return (await verl_cme.CMEAgentLoop(tokenizer, ids).run({}, raw_prompt=prompt)).as_dict()
+    verl_by_hand.check(lambda *row: asyncio.run(once(*row)), lambda *batch: verl_cme.position_advantages(*batch)[0])
     monkeypatch.delitem(sys.modules, "examples.verl_cme", raising=False)

@@ -32,6 +32,7 @@ def broken_generator(tmp_path):
 
 BAD_FILES = {"broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "empty.txt": "\n\n", "noprompt.jsonl": '{"prompt": "a"}\n\n{"text": "b"}\n', "numbers.json": "[1]",
              "prompts.csv": "a,b\n", "roles.jsonl": '{"prompt": [{"content": "a"}]}\n', "blank.jsonl": '{"prompt": "  "}\n',
+             "alpaca.jsonl": '{"instruction": "Translate.", "input": "", "output": "b"}\n{"instruction": "Translate.", "input": "Hi.", "output": "Salut."}\n',
              "pattern.jsonl": '{"prompt": "a", "pattern": "("}\n', "facts.jsonl": '{"prompt": "a", "facts": [{"right": "x"}]}\n',
              "object.json": '{"prompts": ["a"]}', "surrogate.jsonl": '{"prompt": "\\ud800"}', 
              "long.txt": "short\n" + "long " * 300, "latin.txt": b"caf\xe9", "deep.jsonl": '{"prompt": ' + "[" * 200_000 + "\n",
@@ -51,7 +52,7 @@ BAD_FILES = {"broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "empty.txt": "\n\
     (["--prompts", "numbers.json"], "item 1"), (["--prompts", "prompts.csv"], ".jsonl, .json or .txt"), (["--prompts", "roles.jsonl"], "roles.jsonl:1"),
     (["--prompts", "blank.jsonl"], "empty"), (["--eval_prompts", "pattern.jsonl"], "pattern.jsonl:1"), (["--eval_prompts", "facts.jsonl"], "facts.jsonl:1"),
     (["--prompts", "object.json"], "item 1"), (["--prompts", "long.txt"], "long.txt:2"), (["--prompts", "latin.txt"], "UTF-8"),
-    (["--prompts", "deep.jsonl"], "deep.jsonl:1"), (["--prompts", "role.jsonl"], "role.jsonl:1"), (["--eval_prompts", "nan.jsonl"], "nan.jsonl:1"),
+    (["--prompts", "deep.jsonl"], "deep.jsonl:1"), (["--prompts", "role.jsonl"], "role.jsonl:1"), (["--prompts", "alpaca.jsonl"], "alpaca.jsonl:2: `input` is not read"), (["--eval_prompts", "nan.jsonl"], "nan.jsonl:1"),
     (["--reward", "cat-sft", "--prompts", "output.jsonl"], "output.jsonl:1: leave it out")])
 def test_bad_input_gets_one_line_and_status_2(tmp_path, arguments, said):
     bad = {name: tmp_path / name for name in BAD_FILES}

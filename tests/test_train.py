@@ -413,16 +413,23 @@ def test_bf16_is_what_is_told():
         run, kind = train.prepare(train.Options(bf16=bf16, output_dir="unused")), torch.bfloat16 if bf16 else torch.float32
         with run.autocast():
             assert torch.nn.functional.linear(torch.ones(2, 2), torch.ones(2, 2)).dtype == kind
-        assert run.policy.dtype == torch.float32 and run.reference.dtype == run.verifier[0].dtype == kind
+        assert run.policy.dtype == run.reference.dtype == torch.float32 and run.verifier[0].dtype == kind
+
+
+def test_without_a_signal_nothing_moves_in_bf16(tmp_path, few):
+    """Policy and reference round alike: the KL is exactly 0 and so is its gradient, which Adam would blow up to full steps."""
+    status, out, err = fork([*TINY, *few, "--steps", 2, "--bf16", "--min_std", 1e9, "--output_dir", tmp_path / "run"], tmp_path)
+    assert status == 0, err
+    assert [(r["kl"], r["grad_norm"], r["flat"]) for r in rows(tmp_path / "run/metrics.jsonl")[1:]] == [(0, 0, 1)] * 2
 
 
 @pytest.mark.parametrize("arguments", [[], ["--reward", "cme-sequence"]])
 def test_mixed_precision_runs(tmp_path, few, arguments):
-    """--bf16, and so what happens on CUDA as far as a CPU can show it: bf16 verifier and reference, autocast around a float32 policy."""
+    """--bf16, and so what happens on CUDA as far as a CPU can show it: a bf16 verifier, autocast around a float32 policy and its reference: these round alike."""
     status, out, err = fork([*TINY, *few, *arguments, "--steps", 2, "--bf16", "--output_dir", tmp_path / "run"], tmp_path)
     assert status == 0, err
     metrics = rows(tmp_path / "run/metrics.jsonl")
-    assert all(r["skipped"] == 0 and r["grad_norm"] > 0 for r in metrics[1:]) and 0 < metrics[1]["kl"] < 0.01   # bf16 weights are not quite float32 ones
+    assert all(r["skipped"] == 0 and r["grad_norm"] > 0 for r in metrics[1:]) and metrics[1]["kl"] == 0 < metrics[2]["kl"] < 0.01
     saved = models.load_model(files.checkpoints(str(tmp_path / "run"))[-1], train=True, device="cpu")
     assert any((p != p.bfloat16().float()).any() for p in saved.parameters()), "the policy's weights were kept in bf16"
 

@@ -100,7 +100,8 @@ def inference(repeats: int):
         for what, size in (("tokens", lambda y: len(tokenizer(y).input_ids)), ("lines", lambda y: y.count("\n") + 1), ("equations", lambda y: y.count("="))):
             a = per_person(drawn[kind], lambda d, size=size: size(d["synthesis"]))
             b = per_person(drawn[kind], lambda d, size=size: mean_se([*map(size, d["rollouts"])])[0])
-            print(f"{kind + ', ' + what:<50} {mean_se(a)[0]:>12.2f} {mean_se(b)[0]:>10.2f} {t_test(a, b)[0]:>8.2f} {t_test(a, b)[1]:>8.1e}")
+            t, p = t_test(a, b)
+            print(f"{kind + ', ' + what:<50} {mean_se(a)[0]:>12.2f} {mean_se(b)[0]:>10.2f} {t:>8.2f} {f'{p:.1e}' if p > 1e-9 else '<1e-9':>8}")
 
 
 def figure_6(results: dict, repeats: int):

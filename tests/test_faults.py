@@ -1,4 +1,5 @@
 """Faults and bad input: what goes wrong -> what the user sees -> what is kept. Judges and servers that fail: test_judges.py, test_endpoint.py."""
+import contextlib
 import json
 import os
 import resource
@@ -157,9 +158,7 @@ def test_a_model_that_would_be_misread_is_refused_at_loading(kind, tmp_path):
             weights.normal_(0, 0.3) if weights.dim() == 2 else None
     model.save_pretrained(tmp_path / "model")
     models.load_tokenizer(f"{ROOT}/toy/cme/generator").save_pretrained(tmp_path / "model")
-    if kind == "Llama":
-        return models.load("--generator", str(tmp_path / "model"), "cpu")
-    with pytest.raises(ValueError, match=f"--generator .*model: no model.*{said}"):
+    with pytest.raises(ValueError, match=f"--generator .*model: no model.*{said}") if said else contextlib.nullcontext():
         models.load("--generator", str(tmp_path / "model"), "cpu")
 
 

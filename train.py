@@ -222,11 +222,11 @@ def scores_of(run) -> dict:
         return held_out(run.actor, rows, max_new_tokens=o.max_new_tokens, **others) if rows else {}
 
 
-def check_start(run, rewards, told: dict) -> dict:
+def check_start(run, counted, told: dict) -> dict:
     """The first step: how often is the judge right?  ValueError: there is no reward at all."""
-    if rewards.isnan().all():
-        raise ValueError("no reward in the first step: no reference (boxed?), rubric or verdict; "
-                         f"--resume with another --judge? {getattr(run.judge, 'last_error', '')}")
+    if not counted.any():
+        raise ValueError("no reward in the first step: answers empty or too long; no reference, "
+                         f"\\boxed, rubric or verdict. {getattr(run.judge, 'last_error', '')}")
     if run.options.reward != "cat":
         return {}
     skill = cat.judge_skill(told["reference"], told["rubric"], run.judge)
@@ -265,7 +265,7 @@ def train(run) -> dict:
         # 2. their rewards: what the verifier thinks of each token, or agreement with the reference
         seed = 8 * (o.seed * 1_000_003 + step)  # synthesis; + 1: rubrics, + 2: the rollouts
         rewards, counted, told = step_rewards(run, rows, *batch, seed)
-        skill = check_start(run, rewards, told) if told and not step else {}
+        skill = check_start(run, counted, told) if not step else {}
         clock.append(time.time())
         # 3. compared within the group
         ref_logp = logprobs(run, run.reference, *batch) if o.beta else None

@@ -169,3 +169,23 @@ def test_rows_of_other_peoples_data_sets(tmp_path, capsys, monkeypatch):
     assert [line.split(": ")[:2] for line in said] == [["left out", f"{path}:2"], ["left out", f"{path}:3"]] and "not empty" in said[0]
     with pytest.raises(ValueError, match="p.jsonl:2"):
         prompts.read_prompts(path)
+
+
+def test_held_out_clips_the_mean_not_the_examples(monkeypatch):
+    """HealthBench: of points (1, -3), verdicts (yes, yes) and (yes, no) are -2 and 1, whose mean is below 0."""
+    rows = [prompts.check_row("a", {"prompt": "a", "rubrics": [{"criterion": "x", "points": 1}, {"criterion": "y", "points": -3}]})] * 2
+    monkeypatch.setattr(cat, "judge_rubrics", lambda *_: [[[True, True]], [[True, False]]])
+    model = SimpleNamespace(replies=lambda prompts, **_: [[models.Reply("a", True, 1)] for _ in prompts])
+    assert evaluate.held_out(model, rows, max_new_tokens=4, judge=object())["rubric"] == 0
+
+
+def test_an_input_beside_a_prompt_is_ones_own():
+    assert prompts.check_row("a:1", {"prompt": "a", "input": "b"})["prompt"] == "a"
+
+
+@pytest.mark.parametrize("error, cause, said", [
+    (KeyError(), None, "x: KeyError"), (OSError("a\nb"), ValueError("c\nd"), "x: a b c d"), (OSError("y" * 999), None, "x: " + "y" * 400)])
+def test_one_line_error(error, cause, said):
+    with pytest.raises(ValueError) as found, files.one_line_error("x"):
+        raise error from cause
+    assert str(found.value) == said

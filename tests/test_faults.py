@@ -196,7 +196,7 @@ def test_a_run_of_a_moment(tmp_path):
     status, out, err = fork(["--resume", "--steps", 2, "--watch_verifier", f"{ROOT}/toy/cme/verifier", "--output_dir", tmp_path / "run0"], tmp_path)
     assert status == 0 and "2 steps in" in out, err
     mute = changed(tmp_path, "mute", lambda model, _: setattr(model.generation_config, "eos_token_id", [*range(model.config.vocab_size)]))   # every answer is empty
-    status, out, err = fork([*arguments, "--generator", mute, "--watch_verifier", f"{ROOT}/toy/cme/verifier", "--output_dir", tmp_path / "mute_run"], tmp_path)
+    status, out, err = fork([*arguments, "--reward", "rent", "--generator", mute, "--watch_verifier", f"{ROOT}/toy/cme/verifier", "--output_dir", tmp_path / "mute_run"], tmp_path)
     assert status == 0 and "watch -" in out, err
 
 
@@ -329,3 +329,10 @@ def test_a_judge_that_dies_midway(tmp_path, serve, monkeypatch):  # noqa: F811
     assert status == 0 and files.read_json(f"{tmp_path}/run/summary.json")["steps"] == 4, err
     for path in (p for p in tmp_path.rglob("*") if p.is_file()):
         assert b"sk-very-secret" not in path.read_bytes(), path
+
+
+def test_a_run_without_any_reward_ends_at_once(tmp_path, few):
+    """A verifier that has no room for one response: said in the first step, not a run that learns nothing to its end."""
+    path = changed(tmp_path, "small", lambda model, _: setattr(model.config, "max_position_embeddings", 12))
+    status, _, err = fork([*TINY, *few, "--verifier", path, "--output_dir", tmp_path / "run"], tmp_path)
+    assert status == 2 and "no reward in the first step" in err.splitlines()[-1] and "Traceback" not in err, err

@@ -1283,6 +1283,17 @@ def test_importance_ratio_corrects_for_another_sampling_distribution_exactly():
         torch.testing.assert_close(-ours, w, rtol=1e-3, atol=1e-6)
 
 
+def test_a_text_model_takes_nothing_from_generation_config():
+    model, tokenizer = models.load("toy", str(TOY / "generator"), "cpu")
+    model.generation_config.top_k, model.generation_config.top_p = 1, 0.01
+    sampling = models.LocalModel(model, tokenizer).sampling
+    assert (sampling["top_k"], sampling["top_p"]) == (0, 1.0)
+
+
+def test_policies_are_float32_whatever_bf16_says():
+    assert models.load_model(str(TOY / "generator"), train=True, device="cpu", bf16=True).dtype == torch.float32
+
+
 def test_a_template_that_refuses_the_prompt_is_a_clear_error():
     tokenizer = models.load_tokenizer(str(TOY / "generator"))
     tokenizer.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"

@@ -109,6 +109,7 @@ def test_kl_in_the_reward_is_the_equation(tmp_path, few, monkeypatch):
     got, real, batch = [], grpo.group_advantages, []
     monkeypatch.setattr(grpo, "group_advantages", lambda rewards, *a, **k: (got.append(rewards), real(rewards, *a, **k))[1])
     monkeypatch.setattr(train, "step_rewards", lambda run, rows, *b: (batch.extend(b), (torch.arange(6.0), torch.ones(6, dtype=bool), {}))[1])
+    monkeypatch.setattr(train, "check_start", lambda *_: {})
     train.train(run)
     prompt_ids, ids, lengths, _ = batch
     for i, (p, y, n) in enumerate(zip(prompt_ids, ids.tolist(), lengths.tolist())):
@@ -335,3 +336,54 @@ def test_the_longest_output_that_fits(tmp_path):
         status, out, err = fork(["--reward", "cat-sft", "--prompts", tmp_path / f"{n}.jsonl", "--steps", 1, "--lr", 1e-4, "--prompts_per_step", 1,
                                  "--generator", ROOT / "toy/cat/model", "--max_new_tokens", 8, "--output_dir", tmp_path / f"run{n}"], tmp_path)
         assert (status, "leave it out" in err) == ((0, False) if n < room else (2, True)), err
+
+
+@pytest.mark.parametrize("reward", ["cat", "cat-answer"])
+def test_the_anchor_is_the_frozen_initial_policy(reward):
+    """With what samples of the policy's; CaT's judge is the anchor, unless one is given."""
+    run = train.prepare(train.Options(reward=reward, top_k=20, top_p=0.8, output_dir="unused"))
+    assert run.anchor.model is run.reference is not run.policy and run.judge is (run.anchor if reward == "cat" else None)
+    assert run.anchor.sampling == run.actor.sampling and run.actor.sampling["top_k"] == 20
+
+
+def test_bf16_is_for_rollouts_rewards_and_scores(monkeypatch):
+    """The anchor's weights are float32, as the policy's are: outside autocast it would round otherwise, and take twice the time."""
+    run, seen = train.prepare(train.Options(reward="cat", bf16=True, prompts_per_step=1, group_size=2, max_new_tokens=24, output_dir="unused")), []
+    spy = lambda found: lambda *a, **k: (seen.append(torch.is_autocast_enabled("cpu")), found(*a, **k))[1]  # noqa: E731
+    monkeypatch.setattr(train, "cat_rewards", spy(lambda *a: (torch.zeros(2), {})))
+    monkeypatch.setattr(train, "held_out", spy(lambda *a, **k: {}))
+    monkeypatch.setattr(run.actor, "sample", spy(run.actor.sample))
+    train.step_rewards(run, run.rows[:1], *train.rollout(run, run.rows[:1], 0), 0)
+    train.scores_of(run)
+    assert seen == [True] * 3
+
+
+@pytest.fixture
+def bare(tmp_path, monkeypatch):
+    """bare(steps, **options): a run of CaT whose rewards are 0 and 1, without evaluations."""
+    monkeypatch.setattr(train, "scores_of", lambda run: {})
+    def start(steps, seeds=[], **options):
+        monkeypatch.setattr(train, "step_rewards", lambda run, *_: (seeds.append(_[-1]), (torch.arange(2.0), torch.ones(2, dtype=bool), {}))[1])
+        monkeypatch.setattr(train, "check_start", lambda *_: {})
+        return train.train(train.prepare(train.Options(reward="cat", steps=steps, prompts_per_step=1, group_size=2, max_new_tokens=8,
+                                                       output_dir=str(tmp_path / "run"), **options)))
+    return start
+
+
+def test_a_kl_in_the_reward_is_not_in_the_loss_too(bare, monkeypatch):
+    betas, real = [], grpo.grpo_loss
+    monkeypatch.setattr(grpo, "grpo_loss", lambda *a, beta, **k: (betas.append(beta), real(*a, beta=beta, **k))[1])
+    bare(1, beta=0.1, kl_in="reward")
+    assert set(betas) == {0} and train.Options(reward="cat-sft").beta == 0
+
+
+def test_every_step_has_noise_of_its_own_for_rollouts_and_references(bare, monkeypatch):
+    seeds, real = [], models.LocalModel.sample
+    monkeypatch.setattr(models.LocalModel, "sample", lambda self, *a, seed=0, **k: (seeds.append(seed), real(self, *a, seed=seed, **k))[1])
+    bare(2, seeds)
+    assert len(seeds) == 4 and len({*seeds, *(seed + 1 for seed in seeds[1::2])}) == 6    # synthesis, + 1: rubrics
+
+
+def test_the_best_step_is_one_that_has_a_checkpoint():
+    rows = [{"step": step, "held_out": {"facts": facts}} for step, facts in enumerate((0.9, 0.5, 0.6, 0.6))]
+    assert [run_module.best_step(SimpleNamespace(keep=keep), rows) for keep in ("best", "last")] == [2, 0]

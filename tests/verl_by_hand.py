@@ -39,6 +39,16 @@ def check(run_loop, compute_advantage):
     found = compute_advantage(scored, mask.long(), uid)
     torch.testing.assert_close(found, want, atol=1e-4, rtol=1e-4)
     assert found.abs().max() > 0.5
+    found = verl_cme.position_advantages(torch.tensor([[-1.0, -2], [-3, -5]]), torch.tensor([[1, 1], [1, 0]]), np.array(["a", "a"]),
+                                         SimpleNamespace(norm_adv_by_std_in_grpo=False))[0]
+    assert found.tolist() == [[1, 0], [-1, 0]]                                 # the last reward is behind its row's end
+    real = cme.token_rewards
+    try:
+        cme.token_rewards = lambda *_: (torch.tensor([[0.0, 0, -2]]), torch.tensor([[True, False, True]]))
+        first, *others = verl_cme.score(tokenizer, "x", [5, 6, 7])
+    finally:
+        cme.token_rewards = real
+    assert -1e-20 < first < 0 and others == [0, -2]                            # a counted 0 counts
     try:
         compute_advantage(scored, mask.long(), np.array(["a", "a", "a", "b"], dtype=object))
     except ValueError as e:

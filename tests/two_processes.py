@@ -1,6 +1,9 @@
-"""One step of examples/trl_cme.py on completions that are given, for each size of a group: its averaged gradient, to a file. Run by test_examples.py, on one process and on two."""
+"""One step of examples/trl_cme.py on completions that are given, for each size of a group: its averaged gradient, to a file. Run by test_examples.py, on one process and on two, which torchrun would start anew: here the second is forked off the first."""
 import os
+import signal
+import socket
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -41,15 +44,26 @@ def step(group: int):
                         report_to=[], save_strategy="no", disable_tqdm=True, shuffle_dataset=False)
     verifier = models.load("verifier", f"{ROOT}/toy/cme/verifier", "cpu")
     trl_cme.CMETrainer(policy, args=config, processing_class=tokenizer, train_dataset=rows, verifier=verifier, rollout_func=given, callbacks=[Keep()]).train()
+    assert processes == 1 or torch.distributed.get_world_size() == processes
 
 
 def main():
-    for group in (4, 8):
-        step(group)
-
-
-if __name__ == "__main__":
-    main()
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        os._exit(0)                                    # gloo's threads now and then abort a process that has done its work as it ends ("terminate called ...")
+    if sys.argv[1].endswith("two"):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+        os.setpgid(0, 0)                               # where one fails, the other does not wait for it
+        rank = str(int(os.fork() == 0))
+        torch.set_num_threads(1)                       # as in test_train.fork
+        os.environ.update(RANK=rank, LOCAL_RANK=rank)
+    try:
+        for group in (4, 8):
+            step(group)
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()
+    except BaseException:
+        traceback.print_exc(), sys.stderr.flush()
+        os.killpg(0, signal.SIGKILL)
+    finally:
+        if os.environ.get("RANK") == "1":
+            os._exit(0)                                # no teardown: gloo's threads now and then abort a process that has done its work

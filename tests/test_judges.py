@@ -639,7 +639,7 @@ def test_prompts_with_few_and_many_facts():
 
 def test_long_rubrics_do_not_end_a_local_judge(tmp_path):
     """Criteria in a row that do not fit the judge's context are missing; the judge goes on."""
-    rows = [{"prompt": "Who is Ada?", "rubrics": [{"criterion": f"{i} " + "Ada " * (600 * (i < 70)), "points": 1}]}
+    rows = [{"prompt": "Who is Ada?", "rubrics": [{"criterion": f"{i} " + "Ada " * (1100 * (i < 70)), "points": 1}]}
             for i in range(74)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     status, out, err = run(

@@ -58,9 +58,11 @@ def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torc
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
-        ordered, order = logits.softmax(-1).sort(descending=True, stable=True)
-        beyond = ordered.cumsum(-1) - ordered >= top_p  # the mass before this token suffices
-        logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
+        p, n = logits.softmax(-1), 512  # how many are sorted: seldom all V
+        while (top := p.topk(min(n, p.shape[1]))).values.sum(-1).min() < top_p and n < p.shape[1]:
+            n *= 8
+        beyond = top.values.cumsum(-1) - top.values >= top_p  # the mass before a token suffices
+        logits = logits.masked_fill((p >= 0).scatter(-1, top.indices, beyond), -torch.inf)
     upto = logits.softmax(-1).cumsum(-1)  # [B, V]; right=True: never a token of probability 0
     u = torch.rand(len(logits), 1, generator=generator, device=logits.device) * upto[:, -1:]
     return torch.searchsorted(upto, u, right=True)[:, 0]

@@ -129,11 +129,10 @@ def begin(run, optimizer) -> int:
 
 def metrics_of(run, G, ids, lengths, rewards, counted, advantages, told: dict, updates):
     """A step's line of metrics.jsonl."""
-    B = len(ids)
+    B, ended = len(ids), without_stop(ids, lengths, run.actor.stop_ids)[1]
     groups, seen = advantages.view(B // G, G, -1), counted.view(B // G, G, -1).any(1)
     verdicts = [v for group in told.get("verdicts", ()) for answers in group for v in answers]
     reward = torch.where(counted, rewards, 0).view(B, -1).sum(1) / counted.view(B, -1).sum(1)
-    _, ended = without_stop(ids, lengths, run.actor.stop_ids)
     return {"reward": reward.nanmean().item(), **updates[-1], "tokens": int(lengths.sum()),
             "skipped": sum(u["skipped"] for u in updates), "length": lengths.float().mean().item(),
             "missing": reward.isnan().float().mean().item(), "truncated": 1 - sum(ended) / B,

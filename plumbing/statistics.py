@@ -19,8 +19,7 @@ def win_rate(preferences) -> dict:
     [1, 1, .5, 0, None] -> win_rate .625, standard_error .2394, n 4, wins 2, ties 1, losses 1."""
     p, found = np.array(preferences, float), estimate(preferences)
     counts = {"wins": p > 0.5, "ties": p == 0.5, "losses": p < 0.5, "missing": np.isnan(p)}
-    counts = {name: int(of.sum()) for name, of in counts.items()}
-    return {"win_rate": found.pop("score"), **found, **counts}
+    return {"win_rate": found.pop("score"), **found, **{k: int(v.sum()) for k, v in counts.items()}}
 
 
 def bootstrap_interval(values, *, level=0.95, samples=10_000, seed=0) -> tuple[float, float]:

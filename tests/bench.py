@@ -310,6 +310,16 @@ def large_vocabulary(device="cpu"):
     print(f"| {name}: memory beyond weights and gradient, {16 * n:,} tokens | {memory['ours'] - weights:.2f} GiB | {memory['plain'] - weights:.2f} GiB | {ratio:.1f} | 4 |", flush=True)
 
 
+def drawing(device="cpu"):
+    """A token for each of 16 rows (256 on a GPU) at Qwen's V, as CaT samples: T = .7, top-k 20, top-p .8; and with top-p alone."""
+    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    logits = 3 * torch.randn(16 if device == "cpu" else 256, 151_936, generator=torch.Generator().manual_seed(0)).to(device)
+    for name, top_k in (("top-k 20, top-p .8", 20), ("top-p .8", 0)):
+        warp = LogitsProcessorList([TemperatureLogitsWarper(0.7), *([TopKLogitsWarper(20)] if top_k else []), TopPLogitsWarper(0.8)])
+        beside(f"a draw, V = 151,936, {name}, {device}", lambda: grpo.draw(logits, temperature=0.7, top_k=top_k, top_p=0.8), "as `generate` draws",
+               lambda: torch.multinomial(warp(None, logits).softmax(-1), 1))
+
+
 def small_step(folder):
     """Rollout, update, whole steps of 8 x 8 responses of 64 tokens, or of 28 on average."""
     for mixed in (False, True):
@@ -433,6 +443,7 @@ def gpu(folder, device="cuda", new=512, step_tokens=256, small=None):
                                                   num_attention_heads=4, num_key_value_heads=1, head_dim=256)).to(device, torch.bfloat16).eval()
     scoring(device, verifier)
     large_vocabulary(device)
+    drawing(device)
     reference = copy.deepcopy(policy)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.0)
 
@@ -536,14 +547,14 @@ def real():
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", default="", help="a file for all figures")
-    parser.add_argument("--only", nargs="*", default=[], help="names of parts: judging alignment scoring large_vocabulary small_step scaling toy gpu real")
+    parser.add_argument("--only", nargs="*", default=[], help="names of parts: judging alignment scoring large_vocabulary drawing small_step scaling toy gpu real")
     o = parser.parse_args()
     torch.set_num_threads(os.cpu_count())
     where = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}"
     print(where + (f"; {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""))
     with tempfile.TemporaryDirectory() as folder:
         parts = {"real": real} if "REAL_MODELS" in os.environ else {}  # first, and judging: a child's peak memory starts with its parent's
-        parts |= {"judging": judging, "alignment": alignment, "scoring": scoring, "large_vocabulary": large_vocabulary,
+        parts |= {"judging": judging, "alignment": alignment, "scoring": scoring, "large_vocabulary": large_vocabulary, "drawing": drawing,
                   "small_step": lambda: small_step(folder), "scaling": scaling, "toy": toy} | ({"gpu": lambda: gpu(folder)} if torch.cuda.is_available() else {})
         for name, part in parts.items():
             if name == "alignment":

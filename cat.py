@@ -145,11 +145,11 @@ def boxed_answer(text: str) -> str | None:
 
 
 def normal_answer(answer: str) -> str:
-    r"""A key: answers that differ only in writing have the same (not in value: 0.5 and 1/2 differ).
+    r"""A key, the same for what differs in writing, units, `x =` (not in value: 0.5, 1/2 differ).
     A key's key is that key: beyond 10,000 characters, or 20 rounds, only whitespace collapses.
     >>> [normal_answer(a) for a in (r" x = -\dfrac12 \text{ cm}. ", "-1/2", r"\$ 1,000", "(1,000)")]
     ['-\\frac{1}{2}', '-\\frac{1}{2}', '1000', '(1, 000)']"""
-    key = bare = " ".join(answer.split())
+    key = bare = " ".join(answer.replace("−", "-").split())
     for _ in range(20 if len(bare) <= 10_000 else 0):
         before = key
         for pattern, new in RULES:
@@ -168,8 +168,8 @@ def answer_rewards(rollouts: list, references: list) -> torch.Tensor:
     """Eq. 2: 1 if answer(o) = answer(s), else 0 -> [B] float32.  NaN for a whole group where the
     reference has no answer.  Answers (7, none, 8), the reference's 7 -> 1, 0, 0."""
     keys = [answer_key(reference) for reference in references]
-    return torch.tensor([float(answer_key(y) == key) if key else math.nan
-                         for group, key in zip(rollouts, keys) for y in group])
+    return torch.tensor([float(answer_key(y) == key) if key and y is not None else math.nan
+                         for group, key in zip(rollouts, keys, strict=True) for y in group])
 
 
 def reply_text(text: str | None) -> str:
@@ -198,7 +198,7 @@ def read_verdict(text: str | None) -> bool | None:
 
 def decide(asks: list, model, *, read=read_verdict, max_new_tokens: int = 512) -> list:
     """Prompts, in nested lists -> read(reply) of each, nested alike, None if it cannot be had; by
-    default True for yes, False for no.  Equal prompts are asked once, None is not asked."""
+    default True for yes, False for no.  Equal prompts are asked once, None, False, "" never."""
     flat, shape = tree_flatten(asks)
     found = dict.fromkeys(x for x in flat if x)
     if read is read_verdict:
@@ -208,7 +208,7 @@ def decide(asks: list, model, *, read=read_verdict, max_new_tokens: int = 512) -
         replies = model.complete(missing, max_new_tokens=max_new_tokens, **how) if missing else []
         found |= {x: read(reply) for x, [reply] in zip(missing, replies)}
         if unread := [reply for x, [reply] in zip(missing, replies) if found[x] is None]:
-            model.last_error = model.last_error or f"it wrote {one_line(unread[0])[:99]!r}"
+            model.last_error = getattr(model, "last_error", "") or f"it wrote {unread[0]!r:.99}"
     return tree_unflatten([found.get(x) for x in flat], shape)
 
 
@@ -229,8 +229,8 @@ def judge_rubrics(rollouts: list, rubrics: list, model) -> list:
 
 def judge_match(rollouts: list, references: list, model) -> list:
     """The baseline without rubrics, does rollout g say what the reference says? -> [P][G][1]."""
-    return decide([[[s and ask(MATCH, block("reference", s), block("response", y))] for y in group]
-                   for group, s in zip(rollouts, references)], model)
+    return decide([[[s and y is not None and ask(MATCH, block("reference", s), block("response", y))
+                     ] for y in group] for group, s in zip(rollouts, references, strict=True)], model)
 
 
 def rubric_rewards(verdicts: list, points=None) -> torch.Tensor:

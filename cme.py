@@ -51,8 +51,8 @@ def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: li
     those that sampled; at the end of a row one is masked (the paper's; special tokens are in any
     case) or, with score_stop, gets log p_V(end of turn | x, v), the verifier's own end of turn."""
     end = [end_of_turn(verifier_tokenizer)] if score_stop else []
-    if credit not in ("token", "word") or None in end:
-        raise ValueError(f"credit is token or word, not {credit!r}; score_stop needs an EOS token")
+    if credit not in ("token", "word") or None in end or end and not list(stop_ids):
+        raise ValueError(f"credit {credit!r}: token or word; score_stop needs stop_ids and an EOS")
     rows, stopped = without_stop(ids, lengths, stop_ids)
     generated = [spans_from_ids(generator_tokenizer, y) for y in rows]  # B x (text, [T, 2])
     read = [spans_from_text(verifier_tokenizer, text) for text, _ in generated]  # B x (ids, [N, 2])

@@ -135,7 +135,7 @@ def find_stop_ids(model, tokenizer) -> list:
 
 def without_stop(ids: torch.Tensor, lengths: torch.Tensor, stop_ids):
     """ids [B, T], lengths [B] -> B lists of ids less a stop token at the end; B bools, had one."""
-    rows = [y[:n] for y, n in zip(ids.tolist(), lengths.tolist())]
+    rows = [y[:n] for y, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
     stopped = [bool(y) and y[-1] in stop_ids for y in rows]
     return [y[:-1] if end else y for y, end in zip(rows, stopped)], stopped
 

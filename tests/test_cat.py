@@ -226,6 +226,9 @@ def test_what_does_not_fit_the_context_is_missing(toy):
 def test_answer_rewards():
     rewards = cat.answer_rewards([[box(7), "none", box(8), box("7.")], [box(1), box(2), "x", "y"], ["z"] * 4], [box(7), None, "no answer"])
     assert rewards[:4].tolist() == [1, 0, 0, 1] and rewards[4:].isnan().all() and rewards.dtype == torch.float32
+    assert cat.answer_rewards([[box(7), None]], [box(7)]).isnan().tolist() == [False, True]  # a rollout that could not be had
+    with pytest.raises(ValueError, match="zip"):
+        cat.answer_rewards([[box(7)], [box(8)]], [box(7)])
 
 
 def test_rubric_rewards_against_fractions():
@@ -285,7 +288,14 @@ def test_a_local_judges_verdict_is_its_first_token():
 def test_judge_match():
     model = Scripted(lambda p, t: "yes" if p.count("same") == 3 else "no")     # once in the instruction
     assert cat.judge_match([["same", "other"], ["x"]], ["same", None], model) == [[[True], [False]], [[None]]]
+    assert cat.judge_match([["same", None], ["x"]], ["same", ""], model) == [[[True], [None]], [[None]]]
     assert cat.rubric_rewards(cat.judge_match([["same", "other"], ["x"]], ["same", None], model))[:2].tolist() == [1, 0]
+
+
+def test_a_judge_is_anything_that_completes():
+    from types import SimpleNamespace
+    judge = SimpleNamespace(complete=lambda prompts, **_: [["may\nbe"] for _ in prompts])
+    assert cat.judge_rubrics([["a"]], [["c"]], judge) == [[[None]]] and judge.last_error == r"it wrote 'may\nbe'"
 
 
 def test_judge_skill_knows_a_coin_and_an_oracle():

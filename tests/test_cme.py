@@ -287,8 +287,12 @@ def test_errors(toy):
         cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT], torch.tensor([[5]]), torch.tensor([1]), credit="sentence")
     from transformers import PreTrainedTokenizerFast
     endless = PreTrainedTokenizerFast(tokenizer_object=verifier_tokenizer.backend_tokenizer)               # no template, no EOS
-    with pytest.raises(ValueError, match="score_stop needs an EOS token"):
-        cme.token_rewards(model, endless, tokenizer, [PROMPT], torch.tensor([[5]]), torch.tensor([1]), score_stop=True)
+    with pytest.raises(ValueError, match="score_stop needs stop_ids and an EOS"):
+        cme.token_rewards(model, endless, tokenizer, [PROMPT], torch.tensor([[5]]), torch.tensor([1]), score_stop=True, stop_ids=[5])
+    with pytest.raises(ValueError, match="score_stop needs stop_ids"):
+        cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT], torch.tensor([[5]]), torch.tensor([1]), score_stop=True)
+    with pytest.raises(ValueError, match="zip"):                                                          # two rows, one length
+        cme.token_rewards(model, verifier_tokenizer, tokenizer, [PROMPT] * 2, torch.tensor([[5], [6]]), torch.tensor([1]))
     with pytest.raises(ValueError, match="argument 2 is longer"):
         cme.sequence_rewards(model, verifier_tokenizer, [PROMPT], ["a", "b"])
 

@@ -230,7 +230,7 @@ def judge_rubrics(rollouts: list, rubrics: list, model) -> list:
 def judge_match(rollouts: list, references: list, model) -> list:
     """The baseline without rubrics, does rollout g say what the reference says? -> [P][G][1]."""
     return decide([[[s and y is not None and ask(MATCH, block("reference", s), block("response", y))
-                     ] for y in group] for group, s in zip(rollouts, references, strict=True)], model)
+                     ] for y in group] for group, s in zip(rollouts, references)], model)
 
 
 def rubric_rewards(verdicts: list, points=None) -> torch.Tensor:

@@ -101,7 +101,7 @@ def read_options(respond: bool) -> Options:
 def fact_right(text: str, fact: dict) -> bool:
     """True if the text states the right value and no wrong one, as whole words, longest first.
     right "York", wrong ["New York", "Paris"]: "in York" is, "in New York", "Yorkshire" are not."""
-    values = sorted({fact["right"], *fact["wrong"]}, key=len, reverse=True)
+    values = sorted({fact["right"], *fact["wrong"]} - {""}, key=len, reverse=True)
     stated = re.findall(rf"(?<!\w)(?:{'|'.join(map(re.escape, values))})(?!\w)", text)
     return set(stated) == {fact["right"]}
 
@@ -315,7 +315,7 @@ def report(o: Options, rows: list, responses: dict, tasks: dict):
 def main():
     stages = [sys.argv.pop(1)] if len(sys.argv) > 1 and sys.argv[1] in STAGES else STAGES
     o, responses = read_options("respond" in stages), {}
-    there = os.listdir(o.output_dir) if os.path.isdir(o.output_dir) else []
+    there = os.listdir(o.output_dir) if os.path.exists(o.output_dir) else []
     if {*there} - {"evaluation.json.tmp"} and "evaluation.json" not in there:
         raise ValueError(f"--output_dir {o.output_dir} is in use; give another one")
     rows = read_prompts(f"{o.output_dir}/prompts.jsonl" if "prompts.jsonl" in there else o.prompts)

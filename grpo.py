@@ -232,8 +232,7 @@ def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, en
     log_z = total.logsumexp(0)  # [K]
     entropies = log_z.detach() - ((total - log_z).detach().exp() * expected).sum(0)  # log Z - E[x]
     found = found.gather(0, (target[None] // chunk).clamp(max=len(parts) - 1))[0] - log_z
-    zeros = torch.zeros(B, T, device=ids.device)
-    logp, entropies = (zeros.index_put((row, t), values) for values in (found, entropies))
+    logp, entropies = (x.new_zeros(B, T).index_put((row, t), x) for x in (found, entropies))
     return (logp, entropies) if entropy else logp
 
 

@@ -206,7 +206,7 @@ def update(run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, advanta
         loss.backward()
         for name, value in (stats | {"entropy": entropy.sum() / mask.sum()}).items():
             totals[name] = totals.get(name, 0) + value
-    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), max(o.max_grad_norm, 0) or 1e99)
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), o.max_grad_norm or 1e99)
     totals = {name: float(value) for name, value in (totals | {"grad_norm": norm}).items()}
     totals["skipped"] = int(not math.isfinite(totals["loss"] + totals["grad_norm"]))
     if not totals["skipped"]:

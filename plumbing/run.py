@@ -39,11 +39,12 @@ def train_options(Options):
         parser.set_defaults(**{**saved, "output_dir": folder})
         [o] = parser.parse_args_into_dataclasses()
     o.output_dir = o.output_dir or f"runs/{o.reward}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if not (0 < o.temperature < 1e9 and 0 < o.top_p <= 1 and o.group_size > 1 and o.top_k >= 0):
-        raise ValueError("needs --temperature > 0, 0 < --top_p <= 1 < --group_size, --top_k >= 0")
-    least = "steps prompts_per_step max_new_tokens micro_batch save_every updates_per_rollout"
-    if min(getattr(o, name) for name in least.split()) < 1:
-        raise ValueError(f"--{least.replace(' ', ', --')} must be 1 or more")
+    counts = "steps prompts_per_step max_new_tokens micro_batch save_every updates_per_rollout"
+    for name, value in vars(o).items():
+        if isinstance(value, (int, float)) and not (name in counts.split()) <= value < 1e9:  # NaN
+            raise ValueError(f"--{name} {value}: {int(name in counts.split())} or more, below 1e9")
+    if not (o.temperature and 0 < o.top_p <= 1 < o.group_size):
+        raise ValueError("needs --temperature > 0, 0 < --top_p <= 1 < --group_size")
     if o.reward == "cme" and (o.length_penalty_after or o.kl_in == "reward"):
         raise ValueError("--length_penalty_after and --kl_in reward need one reward per response")
     return o
@@ -67,7 +68,7 @@ def prepare(o):
     """Reads, loads and checks all, writes nothing -> a `run`: options, device; policy (trained),
     tokenizer, actor (both as a text model), autocast (bf16); rows, eval_rows; reference (the frozen
     initial policy); CME's verifier (model, tokenizer), watch ({name: one}); CaT's anchor, judge."""
-    there = os.listdir(o.output_dir) if os.path.isdir(o.output_dir) else []
+    there = os.listdir(o.output_dir) if os.path.exists(o.output_dir) else []
     if {*there} - {"config.json", "config.json.tmp"} and not o.resume:
         raise ValueError(f"--output_dir {o.output_dir} is in use; give another one, or --resume")
     policy, tokenizer, state = start_of(o)

@@ -43,7 +43,8 @@ BAD_FILES = {"broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "empty.txt": "\n\
 
 @pytest.mark.parametrize("arguments, said", [
     (["--nonsense", 1], "nonsense"), (["--step", 3], "--step"), (["--lr", "fast"], "--lr"), (["--group_size", 1], "--group_size"),
-    (["--top_p", 0], "--top_p"), (["--micro_batch", 0], "--micro_batch"), (["--steps", -1], "--steps"), (["--top_p", 1.5], "--top_p"), (["--temperature", 0], "--temperature"), (["--temperature", "nan"], "--temperature"), (["--top_k", -1], "--top_k"), (["--reward", "accuracy"], "--reward"),
+    (["--top_p", 0], "--top_p"), (["--micro_batch", 0], "--micro_batch"), (["--steps", -1], "--steps"), (["--top_p", 1.5], "--top_p"), (["--temperature", 0], "--temperature"), (["--temperature", "nan"], "--temperature"), (["--top_k", -1], "--top_k"), (["--beta", "nan"], "--beta nan"), (["--clip_high", -1], "--clip_high -1"), (["--max_grad_norm", "nan"], "--max_grad_norm"),
+    (["--max_grad_norm", -1], "--max_grad_norm"), (["--min_std", -0.1], "--min_std"), (["--lr", "inf"], "--lr inf"), (["--seed", 10**20], "--seed"), (["--lora_rank", -1], "--lora_rank"), (["--output_dir", "latin.txt"], "Not a directory"), (["--reward", "accuracy"], "--reward"),
     (["--device", "abacus"], "abacus"), (["--resume", "--output_dir", "TMP/nothing"], "no run to resume"), (["--prompts", "TMP/nothing.jsonl"], "nothing.jsonl"),
     (["--prompts", "TMP"], ".jsonl"), (["--generator", "TMP/nothing"], "--generator"), (["--verifier", "TMP"], "--verifier"),
     (["--generator", "nobody/nothing"], "nobody/nothing"), (["--verifier", "torn"], "torn"),
@@ -182,17 +183,13 @@ def test_a_large_prompt_file(tmp_path):
 
 # ---------------------------------------------------------------- the end of a run
 def test_a_run_of_a_moment(tmp_path):
-    """Its seconds are no divisor; --watch_verifier may come with --resume; a terminal may be ASCII only; a negative norm does not turn the gradient around."""
+    """Its seconds are no divisor; --watch_verifier may come with --resume; a terminal may be ASCII only."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "Describe Zoë — 日本."}\n')
     models_ = ["--generator", f"{ROOT}/toy/cme/generator", "--prompts", tmp_path / "p.jsonl", "--lr", 1e-3, "--warmup_steps", 0]
     arguments = [*models_, "--steps", 1, "--group_size", 2, "--prompts_per_step", 1, "--max_new_tokens", 2, "--eval_prompts", tmp_path / "p.jsonl"]
     ascii_only = lambda: setattr(sys, "stdout", open(1, "w", closefd=False, encoding="ascii"))                # noqa: E731
-    moments = {}
-    for norm in (0, -1):
-        status, out, err = fork([*arguments, "--max_grad_norm", norm, "--output_dir", tmp_path / f"run{norm}"], tmp_path, ascii_only)
-        assert status == 0 and "1 steps in" in out and "Describe Zo?" in out, err
-        moments[norm] = weights(tmp_path / f"run{norm}")
-    assert moments[0] == moments[-1]
+    status, out, err = fork([*arguments, "--output_dir", tmp_path / "run0"], tmp_path, ascii_only)
+    assert status == 0 and "1 steps in" in out and "Describe Zo?" in out, err
     status, out, err = fork(["--resume", "--steps", 2, "--watch_verifier", f"{ROOT}/toy/cme/verifier", "--output_dir", tmp_path / "run0"], tmp_path)
     assert status == 0 and "2 steps in" in out, err
     mute = changed(tmp_path, "mute", lambda model, _: setattr(model.generation_config, "eos_token_id", [*range(model.config.vocab_size)]))   # every answer is empty

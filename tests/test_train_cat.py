@@ -25,14 +25,15 @@ CAT = [*TINY, "--max_new_tokens", 40, "--lr", 3e-4]
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     folder = tmp_path_factory.mktemp("few")
-    for name in ("eval.jsonl", "numbers_eval.jsonl"):
-        (folder / name).write_text("".join((ROOT / "toy/cat" / name).read_text().splitlines(True)[:4]))
+    for name, n in (("eval.jsonl", 4), ("numbers_eval.jsonl", 4), ("prompts.jsonl", 24), ("numbers.jsonl", 24)):
+        (folder / name).write_text("".join((ROOT / "toy/cat" / name).read_text().splitlines(True)[:n]))
     return folder
 
 
 def run(tmp_path, few, *arguments, patch=lambda: None):
-    twin = "numbers_eval.jsonl" if "cat-answer" in arguments else "eval.jsonl"
-    return fork(["--reward", "cat", *CAT, "--eval_prompts", few / twin, "--output_dir", tmp_path / "run", *arguments], tmp_path, patch)
+    few = ["--eval_prompts", few / "numbers_eval.jsonl", "--prompts", few / "numbers.jsonl"] if "cat-answer" in arguments else [
+        "--eval_prompts", few / "eval.jsonl", "--prompts", few / "prompts.jsonl"]
+    return fork(["--reward", "cat", *CAT, *few, "--output_dir", tmp_path / "run", *arguments], tmp_path, patch)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +183,7 @@ def test_keep_best(tmp_path, few):
 def test_keep_best_by_rubrics(tmp_path):
     """Held-out rows with rubrics and nothing else: the judge's HealthBench score of the greedy answers is the validation."""
     (tmp_path / "eval.jsonl").write_text("".join((ROOT / "toy/cat/prompts.jsonl").read_text().splitlines(True)[:4]))
-    status, out, err = run(tmp_path, tmp_path, "--keep", "best", "--eval_every", 2, "--steps", 4)
+    status, out, err = run(tmp_path, tmp_path, "--prompts", ROOT / "toy/cat/prompts.jsonl", "--keep", "best", "--eval_every", 2, "--steps", 4)
     assert status == 0, err
     held = [r["held_out"]["rubric"] for r in rows(tmp_path / "run/metrics.jsonl") if "held_out" in r]
     summary = json.loads((tmp_path / "run/summary.json").read_text())
@@ -197,7 +198,7 @@ def test_keep_best_by_rubrics(tmp_path):
 def test_held_out_rubrics_without_a_score(tmp_path):
     """A rubric of penalties only has no score: shown as nan, and with --keep best the last model is the result."""
     (tmp_path / "eval.jsonl").write_text(json.dumps({"prompt": "Tell me about Ada.", "rubrics": [{"criterion": "The pet is a cat.", "points": -1}]}) + "\n")
-    status, out, err = run(tmp_path, tmp_path, "--keep", "best", "--eval_every", 2, "--steps", 2)
+    status, out, err = run(tmp_path, tmp_path, "--prompts", ROOT / "toy/cat/prompts.jsonl", "--keep", "best", "--eval_every", 2, "--steps", 2)
     assert status == 0 and "rubric -" in out and "Traceback" not in err, err
     assert json.loads((tmp_path / "run/summary.json").read_text())["model"].endswith("checkpoint-000002")
 
@@ -207,7 +208,7 @@ def test_a_weak_judge_is_warned_about(tmp_path, few):
     for p in model.parameters():
         p.data += 0.5 * p.std() * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)) if p.dim() > 1 else 0
     model.save_pretrained(tmp_path / "weak"), tokenizer.save_pretrained(tmp_path / "weak")
-    status, out, err = run(tmp_path, few, "--judge", tmp_path / "weak", "--steps", 1)
+    status, out, err = run(tmp_path, few, "--prompts", ROOT / "toy/cat/prompts.jsonl", "--judge", tmp_path / "weak", "--steps", 1)
     warned = [line for line in err.splitlines() if line.startswith("the judge is right on ")]
     assert len(warned) == 1 and "stronger --judge" in warned[0], err
 

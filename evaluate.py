@@ -101,7 +101,7 @@ def read_options(respond: bool) -> Options:
 def fact_right(text: str, fact: dict) -> bool:
     """True if the text states the right value and no wrong one, as whole words, longest first.
     right "York", wrong ["New York", "Paris"]: "in York" is, "in New York", "Yorkshire" are not."""
-    values = sorted({fact["right"], *fact["wrong"]} - {""}, key=len, reverse=True)
+    values = sorted({fact["right"], *fact["wrong"]}, key=len, reverse=True)
     stated = re.findall(rf"(?<!\w)(?:{'|'.join(map(re.escape, values))})(?!\w)", text)
     return set(stated) == {fact["right"]}
 

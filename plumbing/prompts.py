@@ -77,13 +77,13 @@ def check_row(where: str, row) -> dict:
         what = 'needs a `prompt` (instruction, problem), not empty: string or [{"role", "content"}]'
         if not "".join(m["content"] for m in messages_of(prompt) if "" + m["role"]).strip():
             raise ValueError
-        what = 'not UTF-8; or `facts` are not {"right": string, "wrong": [strings]}, `rubrics` not \
-{"criterion": string, "points": number}, or `pattern` is no regular expression'
+        what = 'not UTF-8; or `facts` are not {"right": string, "wrong": [strings]}, none empty, \
+`rubrics` not {"criterion": string, "points": number}, or `pattern` is no regular expression'
         json.dumps(row, ensure_ascii=False).encode(), re.compile(row.get("pattern") or "")
-        "".join(word for fact in facts for word in [fact["right"]] + fact["wrong"])
+        [("" + word)[0] for fact in facts for word in [fact["right"]] + fact["wrong"]]
         criteria, points = [r["criterion"] for r in rubrics], [r["points"] for r in rubrics]
         "".join(criteria), int(sum(points))  # ValueError: NaN
-    except (KeyError, TypeError, ValueError, OverflowError, re.error):
+    except (LookupError, TypeError, ValueError, OverflowError, re.error):
         raise ValueError(f"{where}: {what}") from None
     return {"prompt": prompt, "where": where, "facts": facts, "rubrics": rubrics, **text,
             "criteria": criteria, "points": points, "pattern": row.get("pattern")}

@@ -41,7 +41,7 @@ def train_options(Options):
     o.output_dir = o.output_dir or f"runs/{o.reward}-{time.strftime('%Y%m%d-%H%M%S')}"
     counts = "steps prompts_per_step max_new_tokens micro_batch save_every updates_per_rollout"
     for name, value in vars(o).items():
-        if isinstance(value, (int, float)) and not (name in counts.split()) <= value < 1e9:  # NaN
+        if isinstance(value, (int, float)) and not (name in counts.split()) <= value < 1e9:
             raise ValueError(f"--{name} {value}: {int(name in counts.split())} or more, below 1e9")
     if not (o.temperature and 0 < o.top_p <= 1 < o.group_size):
         raise ValueError("needs --temperature > 0, 0 < --top_p <= 1 < --group_size")

@@ -23,7 +23,6 @@ def test_fact_right(text, right):
 
 def test_fact_right_when_a_wrong_value_is_part_of_the_right_one():
     fact = {"right": "New York", "wrong": ["York", "C++"]}
-    assert evaluate.fact_right("in York", {"right": "York", "wrong": [""]})  # an empty value is never stated
     assert evaluate.fact_right("in New York.", fact) and not evaluate.fact_right("in York.", fact) and not evaluate.fact_right("New York, C++", fact)
 
 

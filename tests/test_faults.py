@@ -38,6 +38,7 @@ BAD_FILES = {"broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "empty.txt": "\n\
              "object.json": '{"prompts": ["a"]}', "surrogate.jsonl": '{"prompt": "\\ud800"}', 
              "long.txt": "short\n" + "long " * 300, "latin.txt": b"caf\xe9", "deep.jsonl": '{"prompt": ' + "[" * 200_000 + "\n",
              "role.jsonl": '{"prompt": [{"role": 5, "content": "a"}]}\n', "nan.jsonl": '{"prompt": "a", "rubrics": [{"criterion": "b", "points": NaN}]}\n',
+             "nofact.jsonl": json.dumps({"prompt": "a", "facts": [{"right": "b", "wrong": [""]}]}) + "\n",
              "output.jsonl": json.dumps({"prompt": "a", "output": "word " * 900}) + "\n"}
 
 
@@ -52,7 +53,7 @@ BAD_FILES = {"broken.jsonl": '{"prompt": "a"}\n{"prompt": \n', "empty.txt": "\n\
     (["--generator", "endless"], "stop token"), (["--output_dir", "used"], "in use"),
     (["--prompts", "broken.jsonl"], "broken.jsonl:2"), (["--prompts", "empty.txt"], "no prompts"), (["--prompts", "noprompt.jsonl"], "noprompt.jsonl:3"),
     (["--prompts", "numbers.json"], "item 1"), (["--prompts", "prompts.csv"], ".jsonl, .json or .txt"), (["--prompts", "roles.jsonl"], "roles.jsonl:1"),
-    (["--prompts", "blank.jsonl"], "empty"), (["--eval_prompts", "pattern.jsonl"], "pattern.jsonl:1"), (["--eval_prompts", "facts.jsonl"], "facts.jsonl:1"),
+    (["--prompts", "blank.jsonl"], "empty"), (["--eval_prompts", "pattern.jsonl"], "pattern.jsonl:1"), (["--eval_prompts", "facts.jsonl"], "facts.jsonl:1"), (["--eval_prompts", "nofact.jsonl"], "nofact.jsonl:1"),
     (["--prompts", "object.json"], "item 1"), (["--prompts", "long.txt"], "long.txt:2"), (["--prompts", "latin.txt"], "UTF-8"),
     (["--prompts", "deep.jsonl"], "deep.jsonl:1"), (["--prompts", "role.jsonl"], "role.jsonl:1"), (["--prompts", "alpaca.jsonl"], "alpaca.jsonl:2: `input` is not read"), (["--eval_prompts", "nan.jsonl"], "nan.jsonl:1"),
     (["--reward", "cat-sft", "--prompts", "output.jsonl"], "output.jsonl:1: leave it out")])

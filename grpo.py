@@ -1,16 +1,16 @@
 """GRPO, written out: sampling, token log-probabilities, advantages, loss (Shao et al., 2024).
 
 A `model` is a causal language model of transformers, a prompt a list of ids, responses are tensors.
-Letters, in the whole project: P prompts, G responses per prompt, B = P * G rows (the G of a prompt
-adjacent), T generator tokens of a response (right-padded), N verifier tokens, V vocabulary, D the
-model's width, L padded length (align.py: characters), K tokens of a batch.  Masks: from lengths.
+Notation, in the whole project: P prompts, G responses per prompt, B = P * G rows (the G of a prompt
+adjacent), T generator tokens of a response (right-padded), N verifier tokens, V vocabulary, D
+hidden size, L padded length (align.py: characters), K tokens of a batch.  Masks: from lengths.
 
 Deliberate departures from the papers:
- 1. A masked *reward* (whitespace, special tokens) gets advantage 0, which removes its term of the
-    policy gradient; the KL covers every response token, the stop included, and |y| counts them all.
- 2. The papers give neither the deviation's divisor nor its epsilon: ddof 1 and 1e-4 (TRL's).
- 3. Top-k and top-p change what is sampled; log-probabilities are those of the whole distribution.
- 4. Where rewards *at a position* deviate by less than `min_std` nats (rounding), advantage 0."""
+ 1. A token whose *reward* is masked (whitespace, special) gets advantage 0, so no policy gradient;
+    the KL covers every response token, the stop included, and |y| counts them all.
+ 2. The papers give neither the std's divisor nor its epsilon: here ddof 1 and 1e-4, as in TRL.
+ 3. Top-k and top-p only change what is sampled; log-probabilities are of the full distribution.
+ 4. Rewards *at a position* with a std below `min_std` nats (rounding) get advantage 0."""
 
 import contextlib
 from functools import partial
@@ -29,9 +29,9 @@ def pad(rows: list, device=None):
 
 
 def model_logits(model, hidden: torch.Tensor, *head) -> torch.Tensor:
-    """[..., D] last hidden states -> [..., V] float32 logits, as the model's own forward has them,
-    checked at loading: Gemma 2 and 3n cap them softly, Cohere multiplies, Granite divides.
-    head: weight (and bias) for a part of the vocabulary, if only that is wanted."""
+    """[..., D] last hidden states -> [..., V] float32 logits, as the model's own forward gives them
+    (checked at loading): Gemma 2 and 3n soft-cap them, Cohere multiplies, Granite divides.
+    head: weight (and bias) of a part of the vocabulary, if only that is wanted."""
     config = model.config.get_text_config()
     logits = (F.linear(hidden, *head) if head else model.get_output_embeddings()(hidden)).float()
     if scale := getattr(config, "logit_scale", None):
@@ -44,9 +44,9 @@ def model_logits(model, hidden: torch.Tensor, *head) -> torch.Tensor:
 
 
 def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torch.Tensor:
-    """[B, V] logits -> [B] token ids.  temperature 0 = greedy; top_k 0 and top_p 1 are off.
-    top_k (ties with the k-th stay), then top_p, on the tempered distribution: the smallest set of
-    most probable tokens whose mass reaches top_p; of (.5, .3, .2), .8 keeps two, .4 one.
+    """[B, V] logits -> [B] token ids.  temperature 0 = greedy; top_k 0 and top_p 1 = off.
+    After temperature come top_k (ties with the k-th stay) and then top_p, which keeps the smallest
+    set of most probable tokens whose mass reaches it: of (.5, .3, .2), .8 keeps two, .4 one.
     FloatingPointError: NaN or +inf (-inf forbids a token).  ValueError: settings out of range."""
     if not (temperature >= 0 and top_k >= 0 and 0 < top_p <= 1):
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: out of range")
@@ -58,10 +58,10 @@ def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torc
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p < 1:
-        p, n = logits.softmax(-1), 512  # how many are sorted: seldom all V
+        p, n = logits.softmax(-1), 512  # n: how many to sort, rarely all V
         while (top := p.topk(min(n, p.shape[1]))).values.sum(-1).min() < top_p and n < p.shape[1]:
             n *= 8
-        beyond = top.values.cumsum(-1) - top.values >= top_p  # the mass before a token suffices
+        beyond = top.values.cumsum(-1) - top.values >= top_p  # the mass before it is enough
         logits = logits.masked_fill((p >= 0).scatter(-1, top.indices, beyond), -torch.inf)
     upto = logits.softmax(-1).cumsum(-1)  # [B, V]; right=True: never a token of probability 0
     u = torch.rand(len(logits), 1, generator=generator, device=logits.device) * upto[:, -1:]
@@ -69,8 +69,8 @@ def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torc
 
 
 def read(model, ids, attend, cache=None):
-    """Ids [B, n], behind the L tokens of a cache; attend [B, L + n], 0: padding -> hidden states
-    [B, n, D], the cache.  ValueError: a model that keeps none."""
+    """Runs the model on ids [B, n] after the L tokens in a cache; attend [B, L + n], 0: padding
+    -> hidden states [B, n, D], the cache.  ValueError: the model keeps no cache."""
     settings = {"attention_mask": attend, "past_key_values": cache, "use_cache": True}
     place = (attend.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     out = model.base_model(input_ids=ids, position_ids=place, **settings)
@@ -80,8 +80,8 @@ def read(model, ids, attend, cache=None):
 
 
 def prefill(model, prompt_ids: list, prompt_of: torch.Tensor):
-    """Reads P prompts, left-padded, each once, and only once what several begin with: sorted, one
-    joins those before it if they share more than half.  prompt_of [B]: the number of a row's prompt
+    """Reads P prompts, left-padded, each once, and a shared prefix only once: in sorted order, a
+    prompt joins those before it if they share more than half.  prompt_of [B]: each row's prompt
     -> hidden state of each row's last token [B, 1, D], a cache of B rows, attention mask [B, L]."""
     heads, head_of = [], [0] * len(prompt_ids)
     for i in sorted(range(len(prompt_ids)), key=lambda i: list(prompt_ids[i])):
@@ -90,11 +90,11 @@ def prefill(model, prompt_ids: list, prompt_of: torch.Tensor):
         heads = [*heads[:-1], common] if 2 * len(common) > longer else [*heads, head]
         head_of[i] = len(heads) - 1
     tails = [prompt[len(heads[h]) :] for prompt, h in zip(prompt_ids, head_of)]
-    saved = sum(map(len, prompt_ids)) - sum(map(len, heads + tails))
+    saved = sum(map(len, prompt_ids)) - sum(map(len, heads + tails))  # tokens not read again
     config = model.config.get_text_config()
     kinds = {*(getattr(config, "layer_types", 0) or ()), getattr(config, "sliding_window", None)}
     if saved < 1000 or kinds - {"full_attention", None} or config.model_type in ("gpt_neo", "mpt"):
-        heads, head_of, tails = [[]], [0] * len(prompt_ids), prompt_ids  # these would count padding
+        heads, head_of, tails = [[]], [0] * len(prompt_ids), prompt_ids  # some models count padding
     attend, cache = torch.zeros(len(heads), 0, dtype=int, device=model.device), None
     for rows, of in ((heads, head_of), (tails, prompt_of)):
         ids, lengths = pad([row[::-1] for row in rows], model.device)
@@ -108,24 +108,24 @@ def prefill(model, prompt_ids: list, prompt_of: torch.Tensor):
 
 def stepper(model, cache, attend, room: int):
     """A cache of L tokens, attend [B, L] -> step(token [B, 1], attend [B, L + 1], then [B, L + 2]
-    ...): hidden states [B, 1, D], `room` times.  The cache gets its room at once (transformers' is
-    copied for every token), not for windows, Bloom, Falcon; on CUDA a step is one graph, unless the
-    model synchronises with the GPU: then draws need a `generator`, as torch's own stays broken."""
+    ...) -> hidden states [B, 1, D], up to `room` times.  The cache is allocated once (transformers
+    copies it at every token), not for windows, Bloom, Falcon; on CUDA a step is one graph, unless
+    its capture fails (a GPU sync), which breaks torch's default generator: give `draw` its own."""
     kinds = {type(layer).__name__ for layer in cache.layers}
     if kinds != {"DynamicLayer"} or model.config.model_type in ("bloom", "falcon", "gpt_neo"):
         return lambda token, attend: read(model, token, attend, cache)[0]
     L, on, cuda = attend.shape[1], attend.device.type, attend.is_cuda
-    end = L + room if cuda else L  # of what is attended to; a graph's shapes are fixed
+    end = L + room if cuda else L  # attend to [:end]; a CUDA graph's shapes are fixed
     dtype = torch.get_autocast_dtype(on) if torch.is_autocast_enabled(on) else model.dtype
     mask = torch.zeros_like(attend, dtype=dtype).masked_fill(attend == 0, -torch.inf)
     mask = F.pad(mask, (0, room), value=-torch.inf)[:, None, None]  # [B, 1, 1, L + room]
     position, at = attend.sum(1, keepdim=True), torch.tensor([L], device=attend.device)
-    token = torch.zeros_like(position)  # [B, 1]; a graph reads these very tensors: changed in place
-    def put(kept, *new, **_):  # instead of DynamicLayer.update, which copies all
+    token = torch.zeros_like(position)  # [B, 1]; a graph rereads the same tensors: changed in place
+    def put(kept, *new, **_):  # replaces DynamicLayer.update, which copies everything
         for buffer, values in zip(kept, new):
             buffer.index_copy_(2, at, values.to(dtype))
         return [x[:, :, :end] for x in kept]
-    for layer in cache.layers:  # not the first stepper: x has its room already, 0 are added
+    for layer in cache.layers:  # a later stepper adds 0: x already has its room
         layer.keys, layer.values = kept = [F.pad(x.to(dtype), (0, 0, 0, L + room - x.shape[2]))
                                            for x in (layer.keys, layer.values)]
         layer.update = partial(put, kept)  # not layer: a reference cycle would keep the memory
@@ -137,12 +137,12 @@ def stepper(model, cache, attend, room: int):
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(attend.device)
         stream.wait_stream(torch.cuda.current_stream(attend.device))
         with torch.cuda.stream(stream):
-            forward()  # what a first call sets up is not for the graph; the first step overwrites
+            forward()  # warm-up, as set-up must not be captured; the first step overwrites its K, V
         with contextlib.suppress(RuntimeError):
             with torch.cuda.graph(graph, stream=stream):
                 hidden = forward()
             run = lambda: graph.replay() or hidden
-    def step(new, _):  # the mask is kept here
+    def step(new, _):  # ignores attend: its mask is kept here
         nonlocal end
         token.copy_(new)
         mask.index_fill_(3, at, 0)
@@ -157,11 +157,11 @@ def stepper(model, cache, attend, room: int):
 def sample(model, prompt_ids: list, group_size: int, *, max_new_tokens: int, stop_ids: list,
            **settings):
     """y ~ pi_old: G responses to each of P prompts -> ids [B, T], lengths [B]; row i*G + g is y_g.
-    A response ends with the first of `stop_ids`, which belongs to it and to its length, or at
-    `max_new_tokens`; behind it `ids` is 0.  settings: `draw`'s.  Rows that have ended leave the
+    A response ends with its first token in `stop_ids`, which counts as part of it, or at
+    `max_new_tokens`; after it `ids` is 0.  settings: those of `draw`.  Finished rows leave the
     batch once they are an eighth of it, on CUDA half.  ValueError: an empty prompt."""
     if not prompt_ids or not all(prompt_ids) or min(group_size, max_new_tokens) < 1:
-        raise ValueError("sample needs prompts, tokens in each, group_size and max_new_tokens > 0")
+        raise ValueError("sample needs prompts, none empty; group_size and max_new_tokens > 0")
     row = torch.arange(len(prompt_ids) * group_size, device=model.device)  # its place in `ids`
     hidden, cache, attend = prefill(model, prompt_ids, row // group_size)
     step = stepper(model, cache, attend, max_new_tokens) if max_new_tokens > 1 else None
@@ -193,12 +193,12 @@ def response_mask(lengths: torch.Tensor, T: int) -> torch.Tensor:
 
 def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, entropy=False,
                    chunk: int = 0):
-    """log p(y_t | prompt, y_<t) -> [B, T] nats, float32, 0 behind a row's end; with `entropy` a
-    pair: these, and the distributions' entropies (top-k, top-p off), [B, T] nats, no gradient.
-    prompt_ids: B lists; ids [B, T], lengths [B]; temperature: the one that sampled.  Equal prompts
-    are read once; padding is masked or behind a row's end: a row scores as it does alone.  Logits
-    are made for `chunk` tokens of the vocabulary at a time (0: 2^25 or, on CUDA, 2^27 logits); the
-    backward pass makes several parts anew: no [B, T, V].  ValueError: shapes, empty prompts."""
+    """log p(y_t | prompt, y_<t) -> [B, T] nats, float32, 0 after a row's end; with `entropy` a
+    pair: these, and the entropies without top-k and top-p, [B, T] nats, no gradient.
+    prompt_ids: B lists; ids [B, T], lengths [B]; temperature: as in sampling.  Equal prompts are
+    read once; padding is masked or after a row's end, so a row scores as it would alone.  Logits
+    are computed for `chunk` vocabulary entries at a time (0: 2^25 logits, on CUDA 2^27), again in
+    the backward pass if in several chunks: no [B, T, V].  ValueError: shapes, empty prompts."""
     B, T = ids.shape
     fits = len(prompt_ids) == len(lengths) == B > 0 and all(prompt_ids) and int(lengths.max()) <= T
     if not fits or temperature <= 0:
@@ -214,16 +214,16 @@ def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, en
     hidden, target = hidden[row, t], ids[row, t]  # [K, D], [K]: the state before y_t, and y_t
     head, parts = model.get_output_embeddings(), [()]  # (): one part, the whole vocabulary
     chunk = chunk or max(1, 2 ** (27 if ids.is_cuda else 25) // max(1, len(row)))
-    if type(head) is torch.nn.Linear and chunk < len(head.weight):  # an adapter's is used whole
+    if type(head) is torch.nn.Linear and chunk < len(head.weight):  # a LoRA head is used whole
         parts = list(zip(*(x.split(chunk) for x in head.parameters())))  # weight (and bias) of each
     def score(first, *part):
         logits = model_logits(model, hidden, *part)  # [K, chunk]
         logits = logits if temperature == 1 else logits / temperature
-        logits = logits if part else logits.log_softmax(-1)  # whole: log-sum-exp 0
+        logits = logits if part else logits.log_softmax(-1)  # then its log-sum-exp is 0
         total = logits.logsumexp(-1) if part else logits.new_zeros(len(row))
         found = logits.gather(-1, (target - first).clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
         x, z = logits.detach(), total.detach()[:, None]
-        expected = (x - z).exp_().mul_(x) if entropy else z  # p · logit; NaN: 0 · -inf, left out
+        expected = (x - z).exp_().mul_(x) if entropy else z  # p · logit; 0 · -inf = NaN, left out
         return found, total, expected.nansum(-1)
     if len(parts) > 1 and torch.is_grad_enabled():
         score = partial(checkpoint, score, use_reentrant=False, preserve_rng_state=False)
@@ -240,8 +240,8 @@ def position_advantages(rewards, mask, group_size: int, *, scale=True, min_std: 
     """CME, "per-position advantages": rewards [B, T] nats, mask [B, T] bool -> [B, T] float32.
     At each position t of a group, over the responses M_t that are unmasked there:
         A_t = (r_t - mean_{M_t} r_t) / (std_{M_t} r_t + 1e-4)      ddof 1; scale=False: not divided
-    and 0 where masked, where |M_t| < 2, and where the deviation is below `min_std`.  NaN counts as
-    masked; an infinite reward flattens its column.  ValueError: shapes, a broken group.
+    and 0 where masked, where |M_t| < 2, and where the std is below `min_std`.  NaN counts as
+    masked; an infinite reward makes its column 0.  ValueError: shapes, an incomplete group.
     A group of three, rewards [[-1, -2], [-3, -2], [-5, 0]], mask [[1, 1], [1, 1], [1, 0]]: column 0
     has mean -3, std 2, advantages 1, 0, -1 (to 1e-4); in column 1 two count and are equal: 0."""
     B, T = rewards.shape
@@ -257,7 +257,7 @@ def position_advantages(rewards, mask, group_size: int, *, scale=True, min_std: 
 
 
 def group_advantages(rewards: torch.Tensor, group_size: int, *, scale: bool = True):
-    """GRPO: rewards [B] -> [B] float32, A_i = (r_i - mean r) / (std r + 1e-4) over each group.
+    """GRPO: rewards [B] -> [B] float32, A_i = (r_i - mean r) / (std r + 1e-4) in each group.
     NaN = missing: left out, advantage 0.  A group of four, [1, 2, 3, nan] -> [-1, 0, 1, 0]."""
     r, every = rewards[:, None], torch.ones_like(rewards)[:, None]
     return position_advantages(r, every, group_size, scale=scale, min_std=0)[:, 0]
@@ -269,14 +269,14 @@ def grpo_loss(logp, old_logp, ref_logp, advantages, mask, *, beta: float, clip_l
         loss = 1/B sum_i 1/|y_i| sum_t -(min(rho A, clip(rho, 1 - low, 1 + high) A) - beta KL)
         rho = exp(logp - old_logp)    KL = exp(ref - logp) - (ref - logp) - 1    (k3, Schulman)
     mask: true on every response token, the stop included; |y_i| is its sum.  ref_logp [B, T], or
-    None at beta 0.  responses: B of the whole optimiser step, so that micro-batches add up; so do
+    None at beta 0.  responses: B of the whole optimiser step, so micro-batch losses add up; so do
     the stats: loss, kl (to the reference), approx_kl (to the policy that sampled), clipfrac.
     On-policy with one centred advantage per response the loss *value* is beta KL, its gradient is
     not 0: responses of two tokens and of one, logp = old, beta 0, advantages (0.5, -0.5) -> loss 0,
     gradient -0.125, -0.125 in the first and 0.25 in the second."""
     advantages = advantages[:, None] if advantages.dim() == 1 else advantages  # [B, 1] or [B, T]
     if beta and ref_logp is None:
-        raise ValueError("beta is not 0: grpo_loss needs ref_logp")
+        raise ValueError("grpo_loss needs ref_logp unless beta is 0")
     ref_logp = logp if ref_logp is None else ref_logp
     shapes = [tuple(x.shape) for x in (logp, old_logp, ref_logp, mask, advantages)]
     if len(set(shapes[:4])) > 1 or shapes[4] not in (shapes[0], (len(mask), 1)):

@@ -4,7 +4,7 @@
 
 The models are tiny and random (seven architectures: soft-capped, scaled, divided logits; absolute positions; windows shorter than the
 sequences), drawn with a large deviation and untied heads so that attention, positions and the cache all show in the logits and greedy text
-does not just repeat itself. Letters as in grpo.py.
+does not just repeat itself. Notation as in grpo.py.
 """
 import collections
 import functools

@@ -1,13 +1,13 @@
-"""CME, the reward: what a frozen model of another family thinks of each word (arXiv 2605.29009).
+"""CME, the reward: how likely a frozen model of another family finds each word (arXiv 2605.29009).
 
 The verifier reads the prompt under its own chat template, then the response in its own tokens.  Its
 log-probabilities (nats) are the reward: carried to the generator's tokens by character overlap
-(Eq. 1: `token_rewards`), or averaged over its own (Eq. 3: `sequence_rewards`).  Letters: grpo.py.
+(Eq. 1: `token_rewards`), or averaged over its own (Eq. 3: `sequence_rewards`).  Notation: grpo.py.
 
 Deliberate departures from the paper:
- 1. `credit="word"` is ours: each token gets the sum of its whole word, as any piece may have been
-    the choice, and the verifier may pay at the space before it.  `score_stop` is ours too.
- 2. Too long for the verifier: a prompt loses its oldest tokens (not BOS), a response its reward."""
+ 1. `credit="word"` is ours: each token gets its whole word's sum, as any piece may have decided the
+    word and the verifier may charge for it at the space before.  `score_stop` is ours too.
+ 2. Too long for the verifier, a prompt loses its oldest tokens (not BOS), a response its reward."""
 
 import re
 
@@ -22,21 +22,21 @@ def aligned_rewards(values, source, text, target, credit: str = "token"):
     """Eq. 1, r_t = sum_j w_jt log p_V(v_j | x, v_<j), for one response -> rewards [T], mask [T].
     values [N]: log p_V of the verifier's tokens, nats; source [N, 2]: their spans in characters of
     `text`; target [T, 2]: those of the generator's tokens.  The mask is False, and the reward 0,
-    for tokens that show nothing (whitespace, special) or meet no verifier token; without it, and
-    with credit "token" (the paper's), the rewards sum to sum(values); "word": see `word_credit`.
+    for tokens that show nothing (whitespace, special) or overlap no verifier token; unmasked, with
+    credit "token" (the paper's), the rewards sum to sum(values); "word": see `word_credit`.
     un|happiness, verifier unhappi|ness with -7 and -2 -> rewards -2 and -7."""
     rewards, mask = align(values, source, target), visible(text, target)
     if credit == "word":
         rewards, mask = word_credit(rewards, text, np.reshape(target, (-1, 2)))
     width = np.diff(np.reshape(source, (-1, 2)))[:, 0]  # of the verifier's tokens
-    mask = mask & (align(width, source, target) > 1e-9)  # some have no token for a U+200B
+    mask = mask & (align(width, source, target) > 1e-9)  # some verifiers skip U+200B
     return np.where(mask, rewards, 0.0), mask
 
 
 def word_credit(values, text, spans):
     """Each token gets the sum of its word: values [T] nats, spans [T, 2] in text -> [T], mask [T].
-    A word is a run of visible characters and the whitespace before it; a token belongs to that of
-    its first character (whitespace is unmasked: it opened a word), at the end whitespace is masked.
+    A word is a run of visible characters and the whitespace before it; a token belongs to the word
+    of its first character, so whitespace is not masked, except at the end, where no word follows.
     "no red", tokens no| |re|d, values -1, -2, -3, -4 -> -1, -9, -9, -9."""
     ends = [match.end() for match in re.finditer(r"\s*\S+", text)]  # of the words
     word = np.searchsorted(ends, np.floor(spans[:, 0]), side="right")  # [T], ascending
@@ -48,8 +48,8 @@ def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: li
                   *, credit: str = "token", stop_ids=(), score_stop: bool = False):
     """Eq. 1 -> rewards [B, T] nats float32, mask [B, T] bool, for `grpo.position_advantages`.
     prompts: one per row; ids [B, T] as sampled, lengths [B].  credit: "token" or "word".  stop_ids:
-    those that sampled; at the end of a row one is masked (the paper's; special tokens are in any
-    case) or, with score_stop, gets log p_V(end of turn | x, v), the verifier's own end of turn."""
+    those of sampling; one that ends a row is masked (as in the paper; special tokens always are)
+    or, with score_stop, gets log p_V(end of turn | x, v), the verifier's own end of turn."""
     end = [end_of_turn(verifier_tokenizer)] if score_stop else []
     if credit not in ("token", "word") or None in end or end and not list(stop_ids):
         raise ValueError(f"credit {credit!r}: token or word; score_stop needs stop_ids and an EOS")
@@ -64,7 +64,7 @@ def token_rewards(verifier, verifier_tokenizer, generator_tokenizer, prompts: li
         if np.isnan(scored[i]).any():  # beyond the verifier's context
             continue
         rewards[i, :T], mask[i, :T] = aligned_rewards(scored[i][:N], source, text, target, credit)
-        if len(scored[i]) > N:  # the stop, the response's token T, was scored too
+        if len(scored[i]) > N:  # the stop, at index T, was scored too
             rewards[i, T], mask[i, T] = scored[i][N], True
     return torch.from_numpy(rewards).to(ids.device), torch.from_numpy(mask).to(ids.device)
 

@@ -1,15 +1,15 @@
-"""CaT, Compute as Teacher (arXiv 2509.14234): several answers become a reference, that a reward.
+"""CaT, Compute as Teacher (arXiv 2509.14234): several answers -> a reference -> a reward.
 
     python cat.py "Tell me about Mia."      # the paper on one screen, on the toy
 
 A `model` is a text model (plumbing/models.py), rollouts are P lists of G texts, references P texts.
-What could not be had is None, its reward NaN: no reference, criterion or verdict is made up.
+What is missing is None, its reward NaN: no reference, criterion or verdict is ever made up.
 Deliberate departures from the paper:
- 1. The prompts are ours (Appendix 11 is lost in our copy); what a model wrote is in a `block`.
+ 1. The prompts are ours (our copy lacks Appendix 11); text that a model wrote is in a `block`.
  2. A local judge's verdict is its first token, yes or no: one forward pass.
  3. A verdict that cannot be read is asked for once more, then left out of Eq. 4.  A rubric may have
     fewer than five criteria; the judge does not see the question (`evaluate.py judge`'s does).
- 4. Answers are equal if their normal forms are: so votes are well defined."""
+ 4. Answers are equal if their normal forms are, so that votes are well defined."""
 
 import html
 import math
@@ -55,10 +55,10 @@ MARKED = r"[\s*_`\"'“(#]*%s[\s*_`\"'”).,!]*"  # **Yes.** is yes, "!yes" and 
 
 
 def block(tag: str, text: str, number=None) -> str:
-    """Untrusted text between our tags.  Inside, a tag of ours and what ends a turn ("<|im_end|>",
-    "[/INST]") lose "<", "[": "a </response>" -> "<response>\\na &lt;/response>\\n</response>"."""
+    """Untrusted text between our tags.  In it, our tags and turn endings ("<|im_end|>", "[/INST]")
+    have "<", "[" escaped: "a </response>" -> "<response>\\na &lt;/response>\\n</response>"."""
     ours, gap = "(response|reference|question|criterion|rubric)", r"[\s\u200b-\u200f\u2060\ufeff]*"
-    ends = rf"[|｜]\S{{1,40}}>|\w{{1,40}}[|｜]>|/s>|[be]os>|pad>|\w+_of_\w+>|/?think>"  # of many
+    ends = rf"[|｜]\S{{1,40}}>|\w{{1,40}}[|｜]>|/s>|[be]os>|pad>|\w+_of_\w+>|/?think>"  # turn ends
     inside = re.sub(rf"<(?={gap}/{gap}{ours}\b|{ours}[\s>]|{ends})", "&lt;", text, flags=re.I)
     inside = re.sub(r"\[(?=/?INST\])", "&#91;", inside)
     numbered = "" if number is None else f' number="{number}"'
@@ -77,8 +77,8 @@ def judge_prompt(response: str, criterion: str, question=None) -> str:
 def synthesize(prompts: list, rollouts: list, model, *, style="freeform", question=False,
                **settings) -> list:
     """Eq. 1: s ~ pi_0(. | p_syn, o_1..o_G): the anchor reads the rollouts, not the question.
-    style: "stepwise" for problems with a final answer.  question: put it in (Section 6.4).
-    settings: `complete`'s.  "\\boxed{7}" six times and "\\boxed{8}" twice should become a 7."""
+    style: "stepwise" for problems with a final answer.  question: read it too (Section 6.4).
+    settings: see `complete`.  "\\boxed{7}" six times and "\\boxed{8}" twice should become a 7."""
     asks = [ask(SYNTHESIS[style], *[block("response", y) for y in group],
                 question=question and question_text(x)) for x, group in zip(prompts, rollouts)]
     return [text for [text] in model.complete(asks, **settings)]
@@ -94,21 +94,21 @@ def majority_vote(prompts: list, rollouts: list) -> list:
 
 def best_by(score, prompts: list, rollouts: list) -> list:
     """The rollout with the highest score(prompts [B], texts [B]) -> [B], the first among equals.
-    Min-perplexity: by the anchor's `logprob`, the mean over tokens, given the question."""
+    Min-perplexity: score = the anchor's `logprob`, the mean over tokens given the question."""
     of = [p for p, group in zip(prompts, rollouts) for _ in group]
     scores = score(of, sum(rollouts, [])).nan_to_num(-math.inf).split([*map(len, rollouts)])
     return [y[row.argmax()] if row.max() > -math.inf else None for y, row in zip(rollouts, scores)]
 
 
 def estimators(model, *, seed: int = 0, **settings) -> dict:
-    """All by name, each (prompts, rollouts [P][G]) -> references [P]; settings: `synthesize`'s."""
+    """{name: function (prompts, rollouts [P][G]) -> references [P]}; settings: `synthesize`'s."""
     return {"synthesis": partial(synthesize, model=model, seed=seed, **settings),
             "majority": majority_vote, "single": lambda _, rollouts: [y[0] for y in rollouts],
             "min-perplexity": partial(best_by, getattr(model, "logprob", None))}
 
 
-ARG = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # a braced group, up to two more levels inside
-RULES = [  # (pattern, what takes its place): one by one, again and again, until nothing changes
+ARG = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # a braced group, nested up to two levels
+RULES = [  # (pattern, replacement): applied in order, repeatedly, until nothing changes
     (r"\^\{\\circ\}|\\degree|°|\\?[%$]|(?<![., ])[.,]\Z", ""),  # 90^{\circ} -> 90, \$5. -> 5
     (r"(?<=\d)\^\{?\\(?:text|mathrm)\{(?:st|nd|rd|th)\}\}?", ""),  # 12^{\text{th}} -> 12
     (r"(?<=\d)(?:\{,\}|,\\! ?|\\,)(?=\d{3}(?!\d))", ""),  # 10{,}000 -> 10000
@@ -132,10 +132,10 @@ RULES = [  # (pattern, what takes its place): one by one, again and again, until
 
 def boxed_answer(text: str) -> str | None:
     r"""The content of the last complete \boxed{...}, the outermost one of nested boxes, or None.
-    \{ and \} are no braces; \\boxed{, with its backslash doubled as in JSON, is a box.
+    \{ and \} are not braces; \\boxed{, with its backslash doubled as in JSON, is a box.
     >>> boxed_answer(r"First \boxed{3}, then \boxed{\frac{1}{2}}, and then \boxed{\frac{4}")
     '\\frac{1}{2}'"""
-    box, starts = None, []  # of every open brace: where its box's content starts, None = no box
+    box, starts = None, []  # for every open brace: where its box's content starts, None = no box
     for token in re.finditer(r"(\\{1,2}boxed\s*\{)|\\[\s\S]|[{}]", text):
         if token[1] or token[0] == "{":
             starts.append(token.end() if token[1] else None)
@@ -145,8 +145,8 @@ def boxed_answer(text: str) -> str | None:
 
 
 def normal_answer(answer: str) -> str:
-    r"""A key, the same for what differs in writing, units, `x =` (not in value: 0.5, 1/2 differ).
-    A key's key is that key: beyond 10,000 characters, or 20 rounds, only whitespace collapses.
+    r"""A key that ignores notation, units and `x =`; it compares no values: 0.5 and 1/2 differ.
+    Idempotent; beyond 10,000 characters, or 20 rounds, only whitespace is collapsed.
     >>> [normal_answer(a) for a in (r" x = -\dfrac12 \text{ cm}. ", "-1/2", r"\$ 1,000", "(1,000)")]
     ['-\\frac{1}{2}', '-\\frac{1}{2}', '1000', '(1, 000)']"""
     key = bare = " ".join(answer.replace("−", "-").split())
@@ -160,26 +160,26 @@ def normal_answer(answer: str) -> str:
 
 
 def answer_key(text) -> str:
-    """The normal form of a response's final answer, thoughts left out; "" if it has none."""
+    """The normal form of a response's final answer, thoughts ignored; "" if it has none."""
     return normal_answer(boxed_answer(reply_text(text)) or "")
 
 
 def answer_rewards(rollouts: list, references: list) -> torch.Tensor:
     """Eq. 2: 1 if answer(o) = answer(s), else 0 -> [B] float32.  NaN for a whole group where the
-    reference has no answer, and for None.  Answers (7, no box, 8), the reference's 7 -> 1, 0, 0."""
+    reference has no answer, and for o = None.  Answers (7, no box, 8), reference 7 -> 1, 0, 0."""
     keys = [answer_key(reference) for reference in references]
     return torch.tensor([float(answer_key(y) == key) if key and y is not None else math.nan
                          for group, key in zip(rollouts, keys, strict=True) for y in group])
 
 
 def reply_text(text: str | None) -> str:
-    """The text after a thought, which <think> or the prompt opened; "" if it never ends."""
+    """The text after the thoughts, opened by <think> or the prompt; "" if <think> stays open."""
     return re.sub(r"\A(?:.*?</think>|\s*<think>.*|\s*)", "", text or "", flags=re.S)
 
 
 def read_rubric(text: str | None, limit: int = 50) -> list[str]:
-    """What stands between criterion tags (models forget end tags) in the last rubric that has any;
-    at most `limit`, of at most 1,000 characters.
+    """The texts between criterion tags (models forget end tags) of the last rubric that has any;
+    at most `limit` of them, none longer than 1,000 characters.
     >>> read_rubric("Sure! <rubric><criterion>a &lt; 5<criterion>is short</criterion><criterion>cu")
     ['a < 5', 'is short']"""
     for rubric in reversed(re.split(r"<rubric\b", reply_text(text)[:100_000], flags=re.I)):
@@ -191,19 +191,19 @@ def read_rubric(text: str | None, limit: int = 50) -> list[str]:
 
 
 def read_verdict(text: str | None) -> bool | None:
-    """True or False if a reply is yes or no with marks around it ("**Yes.**"); else None."""
+    """True if a reply is yes, False if no, both with or without marks ("**Yes.**"); else None."""
     match = re.fullmatch(MARKED % "(yes|no)", reply_text(text), re.I | re.A)
     return match[1].lower() == "yes" if match else None
 
 
 def decide(asks: list, model, *, read=read_verdict, max_new_tokens: int = 512) -> list:
-    """Prompts, in nested lists -> read(reply) of each, nested alike, None if it cannot be had; by
-    default True for yes, False for no.  Equal prompts are asked once, None, False, "" never."""
+    """Prompts in nested lists -> read(reply) to each, nested alike, None if none can be read; by
+    default True for yes, False for no.  Equal prompts are asked once; None, False, "" never."""
     flat, shape = tree_flatten(asks)
     found = dict.fromkeys(x for x in flat if x)
     if read is read_verdict:
         max_new_tokens = min(max_new_tokens, getattr(model, "verdict_tokens", max_new_tokens))
-    for temperature in (0.0, 1.0):  # greedy; what could not be read, once more
+    for temperature in (0.0, 1.0):  # greedy; what could not be read is then sampled once
         missing, how = [x for x in found if found[x] is None], {"temperature": temperature}
         replies = model.complete(missing, max_new_tokens=max_new_tokens, **how) if missing else []
         found |= {x: read(reply) for x, [reply] in zip(missing, replies)}
@@ -222,21 +222,21 @@ def propose_rubrics(prompts: list, references: list, model, *, source="reference
 
 
 def judge_rubrics(rollouts: list, rubrics: list, model) -> list:
-    """Eq. 4, does rollout g satisfy criterion i? -> [P][G][n], True, False or None."""
+    """Eq. 4: does rollout g satisfy criterion i? -> [P][G][n], True, False or None."""
     return decide([[[None if y is None else judge_prompt(y, criterion) for criterion in rubric]
                     for y in group] for group, rubric in zip(rollouts, rubrics)], model)
 
 
 def judge_match(rollouts: list, references: list, model) -> list:
-    """The baseline without rubrics, does rollout g say what the reference says? -> [P][G][1]."""
+    """The baseline without rubrics: does rollout g say what the reference says? -> [P][G][1]."""
     return decide([[[s and y is not None and ask(MATCH, block("reference", s), block("response", y))
                      ] for y in group] for group, s in zip(rollouts, references)], model)
 
 
 def rubric_rewards(verdicts: list, points=None) -> torch.Tensor:
-    """Eq. 4: the share of yes among the verdicts that could be had -> [B] float32, NaN without any.
-    (yes, no, None, yes) -> 2/3.  points: P lists of n numbers (HealthBench), earned over positive
-    ones possible, NaN if one is missing: yes, no, yes of (5, 3, -4) -> (5 - 4) / (5 + 3) = 1/8."""
+    """Eq. 4: the share of yes among the verdicts that are not None -> [B] float32, NaN if all are.
+    (yes, no, None, yes) -> 2/3.  points: P lists of n numbers (HealthBench): points earned / sum of
+    positive ones, NaN if one is None: yes, no, yes of (5, 3, -4) -> (5 - 4) / (5 + 3) = 1/8."""
     rewards = []
     for p, group in enumerate(verdicts):
         for row in group:
@@ -250,7 +250,7 @@ def rubric_rewards(verdicts: list, points=None) -> torch.Tensor:
 
 def judge_skill(references: list, rubrics: list, model) -> float:
     """How well a judge reads, without labels: a reference's own criteria should be true of it, the
-    next one's (if not its own too) false -> share of right verdicts; NaN of one.  A coin: .5."""
+    next reference's (unless shared) false -> share of right verdicts; NaN with one.  A coin: .5."""
     rows = [(s, rubric) for s, rubric in zip(references, rubrics) if s and rubric]
     asks = [(judge_prompt(s, c), c in own) for (s, own), (_, others) in
             zip(rows, rows[1:] + rows[:1]) for c in dict.fromkeys(own + others)]
@@ -260,7 +260,7 @@ def judge_skill(references: list, rubrics: list, model) -> float:
 
 
 def show(question: str, rollouts: list, rewards, *, reference=None, rubric=(), verdicts=()) -> str:
-    """One prompt's story: the reference, its criteria; of each rollout reward, verdicts, text."""
+    """One prompt's story: the reference, its criteria; each rollout's reward, verdicts and text."""
     words, lines = {True: "yes", False: "no", None: "?"}, [f"question: {one_line(question)}"]
     lines += [f"reference: {one_line(reference)}"] if reference is not None else []
     lines += [f"criterion {i}: {one_line(criterion)}" for i, criterion in enumerate(rubric, 1)]

@@ -1,12 +1,12 @@
-"""Label-free RL with GRPO.  CME (arXiv 2605.29009): the reward is what a second, frozen model
-thinks of each word.  CaT (arXiv 2509.14234): agreement with a reference made of own answers.
+"""Label-free RL with GRPO.  CME (arXiv 2605.29009): the reward is how likely a second, frozen model
+finds each word.  CaT (arXiv 2509.14234): agreement with a reference made of the policy's answers.
 
     python train.py                            # CME on the toy, on a CPU, in about a minute
     python train.py --reward cat               # CaT on the toy: synthesis, rubric, judge
     python train.py --resume                   # continue the newest run; recipes: README.md
 
-Deliberate departures from the papers: at the heads of align.py, grpo.py, cme.py, cat.py; defaults
-are the toy's; AdamW's weight decay is 0; early stopping is --keep best.  Letters as in grpo.py."""
+Deliberate departures from the papers: at the top of align.py, grpo.py, cme.py, cat.py; defaults
+are the toy's; AdamW's weight decay is 0; early stopping is --keep best.  Notation as in grpo.py."""
 
 import math
 import sys
@@ -29,7 +29,7 @@ from plumbing.prompts import question_text
 from plumbing.run import begin, finish, metrics_of, numbers, prepare, record, train_options
 
 CAT = f"{TOY}/cat/model", f"{TOY}/cat/prompts.jsonl", f"{TOY}/cat/eval.jsonl", 3e-4, 30
-TOYS = {  # what is taken where nothing is given: generator, prompts, eval_prompts, lr, steps
+TOYS = {  # defaults, by reward: generator, prompts, eval_prompts, lr, steps
     "cme": (f"{TOY}/cme/generator", f"{TOY}/cme/prompts.jsonl", f"{TOY}/cme/eval.jsonl", 8e-4, 80),
     **dict.fromkeys(("cat", "cat-match", "rubric-given", "cat-sft"), CAT),
     "cat-answer": (CAT[0], f"{TOY}/cat/numbers.jsonl", f"{TOY}/cat/numbers_eval.jsonl", 3e-4, 30)}
@@ -39,48 +39,48 @@ TOYS = {  # what is taken where nothing is given: generator, prompts, eval_promp
 class Options:
     reward: Literal["cme", "cme-sequence", "reverse-kl", "rent", "cat", "cat-answer", "cat-match",
                     "rubric-given", "cat-sft"] = option(
-        "cme", "cme: per token (Eq. 1), cme-sequence: per response (Eq. 3), reverse-kl: less log "
-        "pi, rent: minus entropy; cat: rubric (Eq. 3-4), cat-answer: the same answer, cat-match: "
-        "judged alike, rubric-given: the prompts', cat-sft: cross-entropy on `output` (Eq. 12)")
-    credit: Literal["token", "word"] = option("token", "cme: the paper's, or the whole word's")
-    score_stop: bool = option(False, "cme: the verifier scores the end too; else it is masked")
+        "cme", "cme: per token (Eq. 1), cme-sequence: per response (Eq. 3), reverse-kl: that - log "
+        "pi, rent: minus entropy; cat: rubric (Eq. 3-4), cat-answer: same answer, cat-match: "
+        "judged equal, rubric-given: the data's, cat-sft: cross-entropy on `output` (Eq. 12)")
+    credit: Literal["token", "word"] = option("token", "cme: token rewards, or word sums")
+    score_stop: bool = option(False, "cme: the verifier scores the stop too; else it is masked")
     generator: str = option("", "model to train: hub name, folder, checkpoint; empty: the toy's")
-    verifier: str = option(f"{TOY}/cme/verifier", "CME: scores; random:MODEL: random weights")
-    watch_verifier: str = option("", "a second one, scored at evaluations and never trained on")
-    estimator: Literal[tuple(cat.estimators(None))] = option("synthesis", "CaT: of the reference")
+    verifier: str = option(f"{TOY}/cme/verifier", "CME: scorer; random:MODEL: random weights")
+    watch_verifier: str = option("", "a second verifier: scores at evaluations, never trained on")
+    estimator: Literal[tuple(cat.estimators(None))] = option("synthesis", "CaT: makes references")
     judge: str = option("", "CaT: a model or MODEL@URL (JUDGE_API_KEY); empty: the initial policy")
     question_in_synthesis: bool = option(False, "let the anchor read the question too")
-    rubric_from: Literal["reference", "question"] = option("reference", "source of rubrics")
-    length_penalty_after: int = option(0, "reward - 1 beyond this many tokens; 0: never")
+    rubric_from: Literal["reference", "question"] = option("reference", "CaT: source of rubrics")
+    length_penalty_after: int = option(0, "reward - 1 for responses with more tokens; 0: never")
     prompts: str = option("", "a .jsonl, .json or .txt file, ultrafeedback, ...; empty: the toy's")
     eval_prompts: str = option("", "with facts, answer, pattern, rubrics; empty: the toy's or none")
     group_size: int = option(8, "G, responses per prompt")
     prompts_per_step: int = option(16, "P, prompts per step; P * G responses are one update")
-    steps: Optional[int] = option(None, "steps in all; none: what suits the toy")
+    steps: Optional[int] = option(None, "steps in total; not given: what suits the toy")
     max_new_tokens: int = option(48, "longest response, in generator tokens")
-    temperature: float = option(1.0, "of sampling, and of the log-probabilities")
+    temperature: float = option(1.0, "sampling temperature, also used for log-probabilities")
     top_k: int = option(0, "sample among the k most probable tokens; 0: all")
-    top_p: float = option(1.0, "sample among the most probable tokens of this mass")
-    lr: Optional[float] = option(None, "peak learning rate of AdamW; none: what suits the toy")
+    top_p: float = option(1.0, "sample among the most probable tokens with this total mass")
+    lr: Optional[float] = option(None, "peak AdamW learning rate; not given: what suits the toy")
     warmup_steps: int = option(5, "steps of linear warm-up")
-    schedule: Literal["cosine", "constant"] = option("cosine", "of lr, after the warm-up")
+    schedule: Literal["cosine", "constant"] = option("cosine", "lr after warm-up")
     beta: float = option(0.02, "weight of the KL to the initial policy; 0: none")
     kl_in: Literal["loss", "reward"] = option("loss", "k3 per token; or r - beta log(pi / pi_ref)")
     clip_low: float = option(0.2, "the ratio is clipped below 1 - clip_low")
-    clip_high: float = option(0.2, "and above 1 + clip_high")
-    scale: bool = option(True, "divide advantages by the group's deviation; --no_scale: do not")
-    min_std: float = option(0.06, "cme: positions that deviate less are flat; 0 is the paper's")
+    clip_high: float = option(0.2, "the ratio is clipped above 1 + clip_high")
+    scale: bool = option(True, "divide advantages by the group's std; --no_scale: do not")
+    min_std: float = option(0.06, "cme: positions with a lower std get advantage 0; paper: 0")
     updates_per_rollout: int = option(1, "optimiser steps on each batch of rollouts")
     micro_batch: int = option(32, "responses per forward and backward pass; same gradient")
-    batch_tokens: int = option(0, "tokens of a batch of rollouts; 0: what suits the device")
-    lora_rank: int = option(0, "train a new adapter only, of this rank (pip install peft); 0: all")
+    batch_tokens: int = option(0, "most tokens per batch in sampling; 0: what suits the device")
+    lora_rank: int = option(0, "train only a new adapter of this rank (pip install peft); 0: all")
     max_grad_norm: float = option(1.0, "the gradient's norm is clipped at this; 0: never")
-    seed: int = option(0, "of the order of prompts and of sampling")
-    output_dir: str = option("", "where all goes; empty: runs/REWARD-DATE-TIME, or the newest")
+    seed: int = option(0, "seeds sampling and the order of prompts")
+    output_dir: str = option("", "for all output; empty: runs/REWARD-DATE-TIME (--resume: newest)")
     resume: bool = option(False, "continue the run in --output_dir, with its options")
     save_every: int = option(20, "steps between checkpoints; the last two are kept")
     keep: Literal["last", "best"] = option("last", "best: the model with the best held-out score")
-    eval_every: int = option(10, "steps between held-out scores, and samples; 0: at the ends")
+    eval_every: int = option(10, "steps between held-out scores and samples; 0: first and last")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
     bf16: bool = option(False, "compute in bf16 on a CPU too, as on CUDA: for real models")
     def __post_init__(self):
@@ -94,7 +94,7 @@ class Options:
 
 
 def prompts_of_step(prompts: list, per_step: int, seed: int, step: int) -> list:
-    """The P prompts of a step: all are gone through again and again, each time in another order."""
+    """The P prompts of a step: epoch after epoch over all prompts, each in a new random order."""
     n, noise = len(prompts), torch.Generator()
     order = lambda epoch: torch.randperm(n, generator=noise.manual_seed(seed * 100_003 + epoch))
     return [prompts[order(i // n)[i % n]] for i in range(step * per_step, (step + 1) * per_step)]
@@ -110,7 +110,7 @@ def learning_rate(o: Options, step: int) -> float:
 
 def rollout(run, rows: list, step: int):
     """y ~ pi_old -> the prompts' ids (B lists), ids [B, T], lengths [B].  Seeded by the step: a
-    resumed run needs no random state.  CaT-SFT: the only response is the whole `output`."""
+    resumed run needs no saved random state.  CaT-SFT: the only response is the whole `output`."""
     o, tokenizer = run.options, run.tokenizer
     prompt_ids = [chat_ids(tokenizer, row["prompt"]) for row in rows]
     if o.reward == "cat-sft":
@@ -125,7 +125,7 @@ def rollout(run, rows: list, step: int):
 
 def cat_rewards(run, rows: list, rollouts: list, seed: int):
     """CaT: rollouts -> references -> rubrics -> verdicts -> rewards [B], NaN where one is missing;
-    and what there is to tell of each prompt, {"reference" | "rubric" | "verdicts": P of them}."""
+    and, of each prompt, what to show: {"reference" | "rubric" | "verdicts": P of them}."""
     o, prompts, references = run.options, [row["prompt"] for row in rows], [None] * len(rows)
     settings, points = {"temperature": o.temperature}, None
     from_question = o.reward == "cat" and o.rubric_from == "question"
@@ -151,7 +151,7 @@ def cat_rewards(run, rows: list, rollouts: list, seed: int):
 
 
 def step_rewards(run, rows: list, prompt_ids, ids, lengths, seed: int):
-    """-> rewards [B, T] or, one per response, [B]; which count; what `cat_rewards` tells."""
+    """-> rewards [B, T] or, one per response, [B]; mask: which count; what `cat_rewards` tells."""
     o, G, batch = run.options, run.options.group_size, (prompt_ids, ids, lengths)
     prompts, told = [row["prompt"] for row in rows for _ in range(G)], {}
     if o.reward == "cme":
@@ -162,7 +162,7 @@ def step_rewards(run, rows: list, prompt_ids, ids, lengths, seed: int):
         rewards = cme.sequence_rewards(*run.verifier, prompts, texts).to(ids.device)
         if o.reward == "reverse-kl":  # mean log p_V - mean log pi (with the stop)
             rewards = rewards - logprobs(run, run.policy, *batch).sum(1) / lengths
-    elif o.reward == "cat-sft":  # only to be seen
+    elif o.reward == "cat-sft":  # logged, not trained on
         rewards = logprobs(run, run.policy, *batch).sum(1) / lengths
     elif o.reward == "rent":  # minus the mean entropy of the policy's own predictions
         rewards = -logprobs(run, run.policy, *batch, entropy=True).sum(1) / lengths
@@ -177,7 +177,7 @@ def step_rewards(run, rows: list, prompt_ids, ids, lengths, seed: int):
 
 
 def micro_batches(run, model, prompt_ids, ids, lengths, entropy: bool):
-    """For each micro-batch, of like length: the indices of its rows, their `token_logprobs`."""
+    """For each micro-batch, of similar lengths: the indices of its rows, their `token_logprobs`."""
     def read(part):
         with run.autocast():
             batch, o = ([prompt_ids[i] for i in part], ids[part], lengths[part]), run.options
@@ -187,7 +187,7 @@ def micro_batches(run, model, prompt_ids, ids, lengths, entropy: bool):
 
 @torch.no_grad()
 def logprobs(run, model, prompt_ids, ids, lengths, entropy=False):
-    """log pi(y_t | x, y_<t) of a step's responses, or the entropies -> [B, T], 0 behind the end."""
+    """log pi(y_t | x, y_<t) of a step's responses, or the entropies -> [B, T], 0 after the end."""
     values = torch.zeros(ids.shape, device=ids.device)
     for part, found in micro_batches(run, model, prompt_ids, ids, lengths, entropy):
         values[part] = found[1] if entropy else found
@@ -195,8 +195,8 @@ def logprobs(run, model, prompt_ids, ids, lengths, entropy=False):
 
 
 def update(run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, advantages) -> dict:
-    """One optimiser step on all B responses, in micro-batches of like length; skipped if loss or
-    gradient are not finite -> statistics.  old_logp None: of the policy as it is."""
+    """One optimiser step on all B responses, in micro-batches of similar lengths; skipped if
+    loss or gradient are not finite -> statistics.  old_logp None: the current policy's."""
     o, mask, totals = run.options, grpo.response_mask(lengths, ids.shape[1]), {}
     for part, (logp, entropy) in micro_batches(run, run.policy, prompt_ids, ids, lengths, True):
         old = logp.detach() if old_logp is None else old_logp[part]
@@ -211,12 +211,12 @@ def update(run, optimizer, prompt_ids, ids, lengths, old_logp, ref_logp, advanta
     totals["skipped"] = int(not math.isfinite(totals["loss"] + totals["grad_norm"]))
     if not totals["skipped"]:
         optimizer.step()
-    optimizer.zero_grad()  # now: no gradient stays alive through the next rollouts
+    optimizer.zero_grad()  # now, so that no gradient takes memory during the next rollouts
     return totals
 
 
 def scores_of(run) -> dict:
-    """Held-out scores of the policy as it is."""
+    """Held-out scores of the current policy."""
     o, rows, others = run.options, run.eval_rows, {"judge": run.judge, "verifiers": run.watch}
     with run.autocast():
         return held_out(run.actor, rows, max_new_tokens=o.max_new_tokens, **others) if rows else {}
@@ -225,19 +225,19 @@ def scores_of(run) -> dict:
 def check_start(run, counted, told: dict) -> dict:
     """The first step: how often is the judge right?  ValueError: there is no reward at all."""
     if not counted.any():
-        raise ValueError("no reward in the first step: answers empty or too long; no reference, "
+        raise ValueError("no reward in the first step: answers empty or too long, or no reference, "
                          f"\\boxed, rubric or verdict. {getattr(run.judge, 'last_error', '')}")
     if run.options.reward != "cat":
         return {}
     skill = cat.judge_skill(told["reference"], told["rubric"], run.judge)
     if skill < 0.85:
-        tqdm.write(f"the judge is right on {skill:.0%} of criteria that should be true or false, "
-                   "and a policy learns to please it: take a stronger --judge", sys.stderr)
+        tqdm.write(f"the judge is right on {skill:.0%} of criteria whose truth should be clear, "
+                   "and a policy learns to please it: use a stronger --judge", sys.stderr)
     return {"judge": skill}
 
 
 def show_samples(run, G, step: int, rows: list, ids, lengths, rewards, counted, told: dict):
-    """The first prompt's group to the screen, and to samples.jsonl with tokens (`rewards`)."""
+    """Prints the first prompt's group; appends it, with tokens and rewards, to samples.jsonl."""
     prompt, story = rows[0]["prompt"], {name: of[0] for name, of in told.items()}
     texts, _ = run.actor.texts(ids[:G], lengths[:G])
     tokens = [[run.tokenizer.decode([i]) for i in y[:n]] for y, n in zip(ids[:G], lengths)]
@@ -270,9 +270,9 @@ def train(run) -> dict:
         # 3. compared within the group
         ref_logp = logprobs(run, run.reference, *batch) if o.beta else None
         in_reward = o.beta != 0 and o.kl_in == "reward"
-        needs_old = in_reward or o.updates_per_rollout > 1  # else `update` has them for nothing
+        needs_old = in_reward or o.updates_per_rollout > 1  # else `update` gets them for free
         old_logp = logprobs(run, run.policy, *batch) if needs_old else None
-        if o.reward == "cat-sft":  # Eq. 12: 1 has, unclipped, the gradient of log pi(s | x) / |s|
+        if o.reward == "cat-sft":  # Eq. 12: 1, unclipped, gives the gradient of log pi(s | x) / |s|
             advantages = torch.ones_like(rewards)
         elif rewards.dim() == 2:
             advantages = grpo.position_advantages(rewards, counted, G, scale=o.scale,
@@ -309,7 +309,7 @@ def main():
           f"{result['peak_memory_mb']} MB at most: {result['model']}")
     gain = {k: after[k] - v for k, v in before.items() if None not in (v, after.get(k))}
     if gain.get("watch", 0) < 0 < gain.get("trained", 0):
-        print("--verifier likes answers better, --watch_verifier less: exploited", file=sys.stderr)
+        print("--verifier is exploited: its score rose, --watch_verifier's fell", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""All that the papers do not speak of: models, prompts, files, runs, statistics."""
+"""What the papers do not discuss: models, prompts, files, runs, statistics."""
 
 import logging
 import os
@@ -20,11 +20,11 @@ def option(default, help):
 
 
 def one_clear_line(main, script: str, again: str = "the same command continues"):
-    """Runs main().  What a user can mend ends in one line and status 2, Ctrl-C 130, trouble 1."""
+    """Runs main().  Errors end in one line; status 2: for the user to fix, 130: Ctrl-C, else 1."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # our line says it all
     model_logging.set_verbosity_error()
     model_logging.disable_progress_bar()
-    sys.stdout.reconfigure(errors="replace")  # where a terminal has no UTF-8
+    sys.stdout.reconfigure(errors="replace")  # for terminals without UTF-8
     try:
         return main()
     except (FloatingPointError, ConnectionError, OutOfMemoryError) as e:
@@ -36,24 +36,24 @@ def one_clear_line(main, script: str, again: str = "the same command continues")
         status, line = 130, f"stopped; {again}"
     print(f"{script}: {line}", file=sys.stderr, flush=True)
     sys.stdout.flush()
-    os._exit(status)  # at once: no thread that waits for a server holds this up
+    os._exit(status)  # at once: threads waiting for a server must not hold this up
 
 
 def ask_to_stop() -> list:
-    """A list that the first Ctrl-C fills, so that a step ends in a checkpoint; the second stops."""
+    """A list that the first Ctrl-C fills (this step ends in a checkpoint); the second stops now."""
     asked, at_once = [], signal.default_int_handler
     def once(*_):
-        asked.append(signal.signal(signal.SIGINT, at_once))  # whatever that returns: it is asked
-        print("this step ends in a checkpoint; again: at once", file=sys.stderr)
+        asked.append(signal.signal(signal.SIGINT, at_once))  # any entry means: asked
+        print("this step ends in a checkpoint; Ctrl-C again stops at once", file=sys.stderr)
     signal.signal(signal.SIGINT, once)
     return asked
 
 
 def one_line(text) -> str:
-    """What a model wrote, for a screen: no line breaks, no escape sequences."""
+    """A model's text made safe for a screen: no line breaks, no escape sequences."""
     return "(nothing)" if text is None else "".join(c if c.isprintable() else " " for c in text)
 
 
 def progress(items, **how):
-    """A progress bar; a line every ten seconds where nobody is watching."""
+    """A progress bar; a line every ten seconds where stderr is not a terminal."""
     return tqdm(items, dynamic_ncols=True, mininterval=0.2 if sys.stderr.isatty() else 10, **how)

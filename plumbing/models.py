@@ -1,7 +1,7 @@
 """Models: loading, chat templates, stop tokens; *text models*, on this machine or behind a server.
 
 A text model has complete(prompts, *, n, max_new_tokens, temperature, seed) -> P lists of n texts,
-None where there was none to have (last_error: why); a local one, logprob(prompts, texts) -> [B]."""
+None for a text it did not get (last_error: why); a local one has logprob(prompts, texts) -> [B]."""
 
 import math
 import re
@@ -16,18 +16,18 @@ import grpo
 from plumbing.files import one_line_error, read_json
 from plumbing.prompts import messages_of
 
-TEXT_NAMES = {r"^language_model\.lm_head": "lm_head",  # of multimodal checkpoints, old and new
+TEXT_NAMES = {r"^language_model\.lm_head": "lm_head",  # in multimodal checkpoints, old and new
               r"^(?:model\.)?language_model\.(?:model\.)?": "model."}
-CONTEXT = "max_position_embeddings", "original_max_position_embeddings"  # or longrope's: the less
-TINY = 2e6  # parameters; a smaller model gets one PyTorch thread: several wait for a busy core
-Reply = namedtuple("Reply", "response stopped tokens", defaults=[None] * 3)  # None: does not fit
+CONTEXT = "max_position_embeddings", "original_max_position_embeddings"  # the smaller (longrope)
+TINY = 2e6  # parameters; a smaller model gets one PyTorch thread: more would wait for each other
+Reply = namedtuple("Reply", "response stopped tokens", defaults=[None] * 3)  # None: too long
 load_tokenizer = lambda path: AutoTokenizer.from_pretrained(path, mistral_format=False)  # or hub's
 
 
 def load_model(path: str, *, train: bool, device="", bf16=False):
-    """A causal language model from a folder or hub name, in eval mode, without dropout; of Gemma 3,
-    3n and 4 the text model; of a LoRA adapter's folder also its base, frozen; of random:PATH random
-    weights.  train: float32 weights with gradients (AdamW at 1e-6 changes nothing in bf16); else
+    """A causal language model from a folder or hub name, in eval mode, no dropout; for Gemma 3,
+    3n and 4 the text model; for a LoRA adapter's folder also its base, frozen; for random:PATH with
+    random weights.  train: float32, with gradients (in bf16 AdamW at 1e-6 changes nothing); else
     frozen, bf16 on CUDA or if asked.  ValueError: weights are missing; grpo.py would misread it."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     exact = train or (device.type == "cpu" and not bf16)
@@ -46,7 +46,7 @@ def load_model(path: str, *, train: bool, device="", bf16=False):
         raise ValueError(f"{type(model).__name__} finds no {min(found['missing_keys'])} in it")
     if model.num_parameters() < TINY:
         torch.set_num_threads(1)
-    vars(model).pop("_weight_conversions", None)  # saved as what it is now, a text model
+    vars(model).pop("_weight_conversions", None)  # so that it is saved as a text model
     model = model.to(device).eval()
     for name, weights in model.named_parameters():
         weights.requires_grad_(train and (not lora or "lora_" in name))
@@ -56,7 +56,7 @@ def load_model(path: str, *, train: bool, device="", bf16=False):
         own = model(input_ids=ids).logits.float()
         ours = grpo.model_logits(model, model.base_model(input_ids=ids).last_hidden_state)
         logp = grpo.token_logprobs(model, [x[:2], x, x], y, ids.new_tensor([6, 6, 6]))[0]  # padded
-    near_zero = tolerance * own.abs().nanmedian().nan_to_num().item()  # the largest may be -inf
+    near_zero = tolerance * own.abs().nanmedian().nan_to_num().item()  # some may be -inf
     off = exact and (logp - own.log_softmax(-1)[0, range(1, 7), x[2:]]).abs().max() > 0.05  # nats
     if off or not torch.allclose(own, ours, rtol=tolerance, atol=near_zero, equal_nan=True):
         raise ValueError(f"{type(model).__name__}: grpo.model_logits or grpo.read would misread it")
@@ -65,25 +65,25 @@ def load_model(path: str, *, train: bool, device="", bf16=False):
 
 def load(what: str, path: str, device="", train=False, **settings):
     """A model and its tokenizer; device "": CUDA if there is one.  ValueError: one line."""
-    with one_line_error(f"{what} {path}: no model, or not on this --device"):
+    with one_line_error(f"{what} {path}: no model, or not loadable on this --device"):
         tokenizer = load_tokenizer(path.removeprefix("random:"))
         return load_model(path, train=train, device=device, **settings), tokenizer
 
 
 def two_at_a_time(model, f, parts):
-    """Pairs (part, f(part)), in order; a tiny model on a CPU is up to 4 ahead, in two threads."""
+    """Pairs (part, f(part)), in order; for a tiny model on a CPU two threads work up to 4 ahead."""
     tiny = model.num_parameters() < TINY and model.device.type == "cpu"
     if not tiny or torch.is_autocast_enabled("cpu"):  # new threads start without autocast
         return zip(parts, map(f, parts))
-    def begin(grad=torch.is_grad_enabled()):  # a thread's own; autocast's cache would be shared
+    def begin(grad=torch.is_grad_enabled()):  # set per thread; autocast's cache would be shared
         torch.set_grad_enabled(grad), torch.set_autocast_cache_enabled(False)
     return zip(parts, (found for i in range(0, len(parts), 4) for found in
                        ThreadPoolExecutor(2, "", begin).map(f, parts[i : i + 4])))
 
 
 def batches(sizes: list, budget: int, longest=float("inf"), n: int = 1) -> list:
-    """Indices of the items in each batch: like sizes together, at most `budget` tokens with padding
-    (but one item at least), n rows for each item; what exceeds `longest` is left out.
+    """Indices of the items in each batch: similar sizes together, at most `budget` tokens, padding
+    included (but at least one item), n rows per item; items above `longest` are left out.
     sizes (5, 2, 9, 2), budget 6 -> [[1, 3], [0], [2]]."""
     parts = []
     for size, i in sorted((size, i) for i, size in enumerate(sizes) if size <= longest):
@@ -94,13 +94,13 @@ def batches(sizes: list, budget: int, longest=float("inf"), n: int = 1) -> list:
 
 
 def chat_ids(tokenizer, prompt) -> list:
-    """Ids of a prompt up to where the assistant's answer starts, under the chat template (in one
-    call: rendering and encoding would double the BOS), without thinking where it has that; without
-    a template "User:\\nHi\\n\\nAssistant:\\n".  ValueError: the template refuses the prompt."""
+    """Ids of a prompt up to where the assistant's answer starts, by the chat template (in one call:
+    rendering, then encoding, would double the BOS), thinking switched off if it can be; without a
+    template "User:\\nHi\\n\\nAssistant:\\n".  ValueError: the template refuses the prompt."""
     messages = messages_of(prompt)
     if tokenizer.chat_template:
         settings = {"add_generation_prompt": True, "return_dict": False, "enable_thinking": False}
-        with one_line_error(f"{tokenizer.name_or_path}'s chat template refuses it"):
+        with one_line_error(f"{tokenizer.name_or_path}'s chat template refuses the prompt"):
             return list(tokenizer.apply_chat_template(messages, **settings))
     text = "".join(f"{m['role'].capitalize()}:\n{m['content']}\n\n" for m in messages)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
@@ -108,7 +108,7 @@ def chat_ids(tokenizer, prompt) -> list:
 
 
 def end_of_turn(tokenizer):
-    """The id that ends an assistant's turn: the first special token behind its content in the chat
+    """The id that ends an assistant's turn: the first special token after its content in the chat
     template, else the tokenizer's EOS; None if it has none."""
     tail = []
     if tokenizer.chat_template:
@@ -134,14 +134,14 @@ def find_stop_ids(model, tokenizer) -> list:
 
 
 def without_stop(ids: torch.Tensor, lengths: torch.Tensor, stop_ids):
-    """ids [B, T], lengths [B] -> B lists of ids less a stop token at the end; B bools, had one."""
+    """ids [B, T], lengths [B] -> B lists of ids without a final stop token; B bools: had one?"""
     rows = [y[:n] for y, n in zip(ids.tolist(), lengths.tolist(), strict=True)]
     stopped = [bool(y) and y[-1] in stop_ids for y in rows]
     return [y[:-1] if end else y for y, end in zip(rows, stopped)], stopped
 
 
 def plain_ids(tokenizer, texts: list) -> list:
-    """Ids of texts as such: no special token is added, a spelled one is text (not to Unigram)."""
+    """Ids of texts alone: no special token is added; "</s>" is plain text (except to a Unigram)."""
     plain = {"add_special_tokens": False, "split_special_tokens": True}
     return [tokenizer(text, **plain).input_ids for text in texts]
 
@@ -149,8 +149,8 @@ def plain_ids(tokenizer, texts: list) -> list:
 @torch.no_grad()
 def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens: int = 0):
     """log p(v_j | x, v_<j) of B answers (lists of ids) to B prompts -> B arrays [N], nats.
-    Batches of like length hold at most `batch_tokens` (0: 4,096, on CUDA 65,536); equal rows are
-    scored once.  Beyond the context, a prompt's oldest tokens go (not the first); no room: NaN."""
+    Batches of similar length have at most `batch_tokens` (0: 4,096, on CUDA 65,536); equal rows are
+    scored once.  A prompt too long loses its oldest tokens (not the first); still too long: NaN."""
     context, rows = min(getattr(model.config, x, None) or math.inf for x in CONTEXT), []
     for prompt, answer in zip(prompts, answers, strict=True):
         before = tuple(chat_ids(tokenizer, prompt))
@@ -188,11 +188,11 @@ class LocalModel:
         return [[reply.response for reply in group] for group in self.replies(prompts, **settings)]
 
     def sample(self, prompt_ids: list, n: int, *, max_new_tokens: int, seed=0, **settings):
-        """`grpo.sample` in batches of like length -> ids [P * n, T], lengths; 0: prompt too long"""
+        """`grpo.sample` in similar-length batches -> ids [P * n, T], lengths; 0: prompt too long"""
         sizes = [len(row) + max_new_tokens for row in prompt_ids]
         ids = torch.zeros(len(sizes), n, max_new_tokens, dtype=int, device=self.model.device)
         lengths, settings = ids.new_zeros(len(sizes), n), self.sampling | settings
-        parts = list(enumerate(batches(sizes, self.batch_tokens, self.context, n)))  # number, rows
+        parts = list(enumerate(batches(sizes, self.batch_tokens, self.context, n)))  # batch, rows
         def answer(pair):
             noise = torch.Generator(ids.device).manual_seed((seed * 1_000_003 + pair[0]) % 2**63)
             return grpo.sample(self.model, [prompt_ids[i] for i in pair[1]], n, generator=noise,
@@ -215,7 +215,7 @@ class LocalModel:
 
 
 class Endpoint:
-    """A text model behind an OpenAI-compatible server (`openai` package); one request an answer."""
+    """A text model on an OpenAI-compatible server (`openai` package); one request per answer."""
     def __init__(self, model: str, url: str, *, key=None, concurrency=8, timeout=180.0, retries=4):
         from openai import OpenAI
         self.model, self.name, self.concurrency = model, f"{model} at {url}", concurrency
@@ -229,7 +229,7 @@ class Endpoint:
         return [texts[i : i + n] for i in range(0, len(texts), n)]
 
     def ask(self, prompt, max_new_tokens: int, temperature: float) -> str | None:
-        """One answer.  ValueError: 401 or 404.  ConnectionError: has failed 32 times in a row."""
+        """One answer.  ValueError: 401 or 404.  ConnectionError: the 32nd failure in a row."""
         send = {"max_tokens": max_new_tokens, "temperature": temperature}
         send = {"max_completion_tokens": max_new_tokens} if self.newer else send
         chat = {"model": self.model, "messages": messages_of(prompt), **send}
@@ -237,16 +237,16 @@ class Endpoint:
             said = self.client.chat.completions.create(**chat).choices[0].message.content or ""
             y, self.failures = "".join(x if type(x) is str else x.get("text", "") for x in said), 0
             return y[:1_000_000].encode(errors="replace").decode()
-        except Exception as e:  # the server's, the network's, or of an answer that is none
+        except Exception as e:  # of the server, the network or a malformed answer
             status, code = getattr(e, "status_code", 0), str(getattr(e, "code", ""))
             error = f"{status or type(e).__name__}, {e.__cause__ or e}".replace(self.key, "***")
         if status in (401, 404):
             raise ValueError(f"{self.name} answers {status}: wrong key, model or URL")
         if "temperature" in send and (code.startswith("unsupported_") or "temperature" in error):
-            self.newer = True  # OpenAI's newer models, and some servers', take neither
+            self.newer = True  # newer OpenAI models, and some servers, accept neither
             return self.ask(prompt, max_new_tokens, temperature)
         self.last_error = f"{self.name}: {' '.join(error.split())[:250]}"
-        self.failures = 0 if status in (400, 413, 422) else self.failures + 1  # 0: the prompt's own
+        self.failures = 0 if status in (400, 413, 422) else self.failures + 1  # 0: prompt's fault
         if self.failures >= 32:
             raise ConnectionError(f"no answer {self.failures} times in a row, {self.last_error}")
         return None
@@ -256,7 +256,7 @@ def text_model(what: str, name: str, device="", *, key=None, **settings):
     """A text model by its name: a folder, a hub name, or MODEL@URL.  Errors start with `what`."""
     if "@http" in name:
         model, _, url = name.rpartition("@http")
-        if re.search(r"[?@]|//[^/\[]*:(?!\d+(/|$))", url):  # a last `:`: a port's
+        if re.search(r"[?@]|//[^/\[]*:(?!\d+(/|$))", url):  # its last `:` is a port's
             raise ValueError(f"{what} {model}@...: a key does not go into the URL; a port: digits")
         return Endpoint(model, "http" + url, key=key)
     return LocalModel(*load(what, name, device), **settings)

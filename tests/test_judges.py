@@ -439,7 +439,7 @@ def test_unanswerable_prompts_are_missing(tmp_path):
 @pytest.mark.parametrize("arguments, said", [
     (["--models", "base"], "--judge: base must be NAME="), (["--models", "a/b=c", "--prompts", "P"], "a/b=c"),
     (["--models", "a=x"], "needs --models"), (["report"], "runs/ holds no "), 
-    (["--models", "a=TMP", "--prompts", "P"], "--models a TMP: no model, or not on this --device"),
+    (["--models", "a=TMP", "--prompts", "P"], "--models a TMP: no model, or not loadable on this --device"),
     (["--models", "a=x", "--prompts", "pattern.jsonl"], "pattern.jsonl:1: not UTF-8; or"),
     (["--models", "a=x", "--prompts", "answer.jsonl"], "answer.jsonl:1: not UTF-8; or"),
     (["--models", "a=x", "--prompts", "digits.jsonl"], "digits.jsonl:1: not valid"),
@@ -510,7 +510,7 @@ def test_a_mistake_in_the_first_command_can_be_mended(tmp_path, answered):
     arguments = ["--prompts", answered / "eval.jsonl", "--max_new_tokens", 40, "--output_dir", tmp_path / "e"]
     for models in ([f"base={tmp_path}"], [MODELS[1], f"other={tmp_path}"]):
         status, _, err = run(tmp_path, "--models", *models, *arguments)
-        assert status == 2 and f"{tmp_path}: no model, or not on this --device" in err.splitlines()[-1]
+        assert status == 2 and f"{tmp_path}: no model, or not loadable on this --device" in err.splitlines()[-1]
     written = (tmp_path / "e/models/base/responses.jsonl").read_bytes()
     assert run(tmp_path, "--models", *MODELS[1::2], *arguments)[0] == 0
     assert {m["model"] for m in report(tmp_path / "e")["means"]} == {"base", "trained"} and (tmp_path / "e/models/base/responses.jsonl").read_bytes() == written

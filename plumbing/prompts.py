@@ -31,9 +31,9 @@ def question_text(prompt) -> str:
 
 def read_prompts(path: str) -> list:
     """Prompts from a .jsonl, .json or .txt file (one per line), or a data set of HUB -> dicts with
-    `prompt` (str, messages), `where` ("file:line"); to evaluate, `facts` ([{"right", "wrong": [..],
+    `prompt` (str, messages), `where` ("file:line"); to evaluate: `facts` ([{"right", "wrong": [..],
     "kind"}]), `pattern` (regular expression), `answer` and its `kind`, `rubrics` ([{"criterion",
-    "points"}]); CaT-SFT's `output`.  ValueError: what, where; a data set skips bad rows."""
+    "points"}]); CaT-SFT's `output`.  ValueError: what, where; a data set's bad rows are skipped."""
     files, rows = download(path) if path in HUB else [path], []
     for where, item in (pair for file in files for pair in items_of(file)):
         try:
@@ -53,7 +53,7 @@ def read_prompts(path: str) -> list:
 
 
 def items_of(path: str) -> list:
-    """(where, item) of all that a prompt file holds."""
+    """(where, item) for each item in a prompt file."""
     if not path.endswith((".jsonl", ".json", ".txt")):
         raise ValueError(f"{path}: prompts are read from .jsonl, .json or .txt files")
     with open(path, encoding="utf-8-sig", errors="surrogateescape") as f:  # see check_row
@@ -66,11 +66,11 @@ def items_of(path: str) -> list:
 
 
 def check_row(where: str, row) -> dict:
-    """One prompt, or row with a prompt, checked and completed.  ValueError: what is wrong where."""
+    """A prompt, or a row with a prompt, checked and completed.  ValueError: what is wrong where."""
     row = row if isinstance(row, dict) else {"prompt": row}
     prompt = next((row[k] for k in ("prompt", "instruction", "problem") if k in row), None)
     if "instruction" in row and row.get("input"):
-        raise ValueError(f"{where}: `input` is not read: join it to the `instruction`")
+        raise ValueError(f"{where}: `input` is not read: append it to the `instruction`")
     facts, rubrics = row.get("facts") or [], row.get("rubrics") or []
     text = {k: None if row.get(k) is None else str(row[k]) for k in ("answer", "output", "kind")}
     try:  # to use each in turn; if that fails, `what` says what is wrong
@@ -97,7 +97,7 @@ def download(name: str) -> list:
 
 
 def draw_prompts(rows: list, tokenizer, n: int = 5000, most_tokens: int = 512) -> list:
-    """CME's draw from UltraFeedback: n prompts of at most so many tokens, always the same."""
+    """CME's draw from UltraFeedback: n prompts of at most `most_tokens`, always the same."""
     rows = random.Random(0).sample(rows, len(rows))
     short = (r for r in rows if len(tokenizer.tokenize(question_text(r["prompt"]))) <= most_tokens)
     return [row for row, _ in zip(short, range(n))]

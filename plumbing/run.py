@@ -20,7 +20,7 @@ from plumbing.prompts import draw_prompts, read_prompts
 
 
 def newest(pattern: str) -> str:
-    """The folder of the newest file of that pattern in runs/."""
+    """The folder of the newest file in runs/ that matches a pattern."""
     found = sorted(glob.glob(f"runs/{pattern}"), key=os.path.getmtime)
     if not found:
         raise ValueError(f"runs/ holds no {pattern}: give --output_dir, or run train.py")
@@ -28,7 +28,7 @@ def newest(pattern: str) -> str:
 
 
 def train_options(Options):
-    """train.py's command line; with --resume what is not given again comes from the run."""
+    """train.py's command line; with --resume, options not given again come from the run."""
     parser = HfArgumentParser(Options, allow_abbrev=False)
     [o] = parser.parse_args_into_dataclasses()
     if o.resume:
@@ -51,7 +51,7 @@ def train_options(Options):
 
 
 def start_of(o):
-    """Policy and tokenizer, and how far they are: of the newest checkpoint that can be read."""
+    """Policy, tokenizer and state: of the newest readable checkpoint, else of --generator."""
     for path in reversed(checkpoints(o.output_dir)):
         try:
             with one_line_error(f"{path} cannot be read"):  # cut off, overwritten ...
@@ -65,7 +65,7 @@ def start_of(o):
 
 
 def prepare(o):
-    """Reads, loads and checks all, writes nothing -> a `run`: options, device; policy (trained),
+    """Reads, loads, checks all; writes nothing -> a `run`: options, device; policy (trained),
     tokenizer, actor (both as a text model), autocast (bf16); rows, eval_rows; reference (the frozen
     initial policy); CME's verifier (model, tokenizer), watch ({name: one}); CaT's anchor, judge."""
     there = os.listdir(o.output_dir) if os.path.exists(o.output_dir) else []
@@ -85,7 +85,7 @@ def prepare(o):
         more = max(o.max_new_tokens, len(y) + 1 if o.reward == "cat-sft" else 0)
         if len(ids) + more > actor.context or max(ids) >= policy.config.vocab_size:
             raise ValueError(f"{row['where']}: leave it out: with --max_new_tokens or `output` it "
-                             f"exceeds the context of {actor.context}, or has foreign tokens")
+                             f"exceeds the context of {actor.context}, or has unknown tokens")
     kind, o.bf16 = policy.device.type, o.bf16 or policy.device.type == "cuda"
     judged = o.reward in ("cat", "cat-match", "rubric-given")
     needed = {"rubric-given": "rubrics", "cat-sft": "output"}.get(o.reward, "prompt")
@@ -99,7 +99,7 @@ def prepare(o):
         eval_rows=eval_rows, state=state, reference=None, verifier=None, anchor=None, judge=None,
         watch={}, autocast=partial(torch.autocast, kind, dtype=torch.bfloat16, enabled=o.bf16))
     if o.beta or judged or o.reward == "cat-answer":
-        run.reference, _ = load("--generator", o.generator, o.device, train=True)  # rounds alike
+        run.reference, _ = load("--generator", o.generator, o.device, train=True)  # policy's dtype
         run.anchor = LocalModel(run.reference, tokenizer, **sampling)
         run.judge = run.anchor if judged else None
     if o.reward in ("cme", "cme-sequence", "reverse-kl"):
@@ -111,12 +111,12 @@ def prepare(o):
         run.judge = text_model("--judge", o.judge, o.device, batch_tokens=o.batch_tokens,
                                key=os.environ.get("JUDGE_API_KEY"))
         if run.judge.complete(["Reply with one word, yes."], max_new_tokens=64) == [[None]]:
-            raise ValueError(f"--judge: {run.judge.last_error}")  # now and not after an hour
+            raise ValueError(f"--judge: {run.judge.last_error}")  # now, not after an hour
     return run
 
 
 def begin(run, optimizer) -> int:
-    """Steps done, 0 or the checkpoint's; loads its optimizer, deletes the lines of later steps."""
+    """Steps done: 0, or the checkpoint's; loads its optimizer, deletes log lines of later steps."""
     o, folder, state, run.state = run.options, run.options.output_dir, run.state, None
     if not o.resume and os.path.exists(f"{folder}/metrics.jsonl"):
         raise ValueError(f"--output_dir {folder} was taken by another run")
@@ -142,7 +142,7 @@ def metrics_of(run, G, ids, lengths, rewards, counted, advantages, told: dict, u
 
 
 def best_step(o, rows: list) -> int:
-    """--keep best: the first step after 0 with the best held-out scores, facts first; or 0."""
+    """--keep best: the first step after 0 with the best held-out scores, facts first; else 0."""
     scores = {row["step"]: [row["held_out"].get(m) or 0 for m in ("facts", "accuracy", "rubric")]
               for row in rows[1:] if "held_out" in row and o.keep == "best"}
     return max(scores, key=scores.get, default=0)
@@ -163,7 +163,7 @@ def record(run, optimizer, step: int, row: dict, now=()):
 def finish(run) -> dict:
     """summary.json: scores before and after, the model, time and memory."""
     folder, rows = run.options.output_dir, read_lines(f"{run.options.output_dir}/metrics.jsonl")
-    best = best_step(run.options, rows)  # its checkpoint may be gone, if --keep best came late
+    best = best_step(run.options, rows)  # its checkpoint may be gone, if --keep best was given late
     made = rows[best if best in [int(path[-6:]) for path in checkpoints(folder)] else -1]
     peak = getrusage(RUSAGE_SELF).ru_maxrss >> (10 if sys.platform == "darwin" else 0)  # KiB
     peak = torch.cuda.max_memory_allocated(run.device) >> 10 if run.device.type == "cuda" else peak
@@ -178,5 +178,5 @@ def finish(run) -> dict:
 
 
 def numbers(values: dict) -> str:
-    """For the eye: {"facts": 0.5, "valid": None} -> "facts 0.500, valid -"."""
+    """For display: {"facts": 0.5, "valid": None} -> "facts 0.500, valid -"."""
     return ", ".join(f"{k} -" if v is None else f"{k} {v:.3f}" for k, v in values.items())

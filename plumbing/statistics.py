@@ -1,4 +1,4 @@
-"""Statistics over prompts, which the papers leave out.  None and NaN are missing: no 0, no tie."""
+"""Statistics over prompts, which the papers leave out.  None and NaN are missing, not 0 or ties."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def estimate(values, least=-math.inf) -> dict:
-    """Mean, 95% interval (none below least), standard error, n: [1, 0, None] -> .5, 0, 1, .5, 2."""
+    """Mean, 95% interval (both >= least), standard error, n: [1, 0, None] -> .5, 0, 1, .5, 2."""
     v = np.array(values, float)
     interval, v = bootstrap_interval(v), v[~np.isnan(v)]
     error = float(v.std(ddof=1)) / math.sqrt(len(v)) if len(v) > 1 else math.nan
@@ -15,7 +15,7 @@ def estimate(values, least=-math.inf) -> dict:
 
 
 def win_rate(preferences) -> dict:
-    """`estimate` of preferences in [0, 1], which is (wins + ties/2) / n for 1, .5, 0; and counts.
+    """`estimate` of preferences in [0, 1] (mean: (wins + ties/2) / n for 1, .5, 0), and counts.
     [1, 1, .5, 0, None] -> win_rate .625, standard_error .2394, n 4, wins 2, ties 1, losses 1."""
     p, found = np.array(preferences, float), estimate(preferences)
     counts = {"wins": p > 0.5, "ties": p == 0.5, "losses": p < 0.5, "missing": np.isnan(p)}
@@ -24,7 +24,7 @@ def win_rate(preferences) -> dict:
 
 def bootstrap_interval(values, *, level=0.95, samples=10_000, seed=0) -> tuple[float, float]:
     """Percentile bootstrap of the mean of values [n], one per prompt; missing ones are drawn too,
-    so that comparisons over the same prompts are paired.  [1, None] -> (1, 1); nothing -> NaN."""
+    so that comparisons over the same prompts stay paired.  [1, None] -> (1, 1); nothing -> NaN."""
     drawn = np.random.default_rng(seed).choice(np.array(values, float), (samples, len(values)))
     n = (~np.isnan(drawn)).sum(1)  # [samples]
     means, ends = np.nansum(drawn, 1)[n > 0] / n[n > 0], [(1 - level) / 2, (1 + level) / 2]
@@ -32,8 +32,8 @@ def bootstrap_interval(values, *, level=0.95, samples=10_000, seed=0) -> tuple[f
 
 
 def sign_permutation(differences, *, samples=10_000, seed=0) -> float:
-    """Two-sided p that the mean is 0: the share of sign patterns s with |sum s_i d_i| >= |sum d_i|,
-    of all patterns or, if these are more than `samples`, of as many drawn ones and d's own.
+    """Two-sided p-value for mean 0: the share of sign patterns s with |sum s_i d_i| >= |sum d_i|,
+    over all patterns or, if there are more than `samples`, over that many random ones and d's own.
     [.5, .5, .5, -.5, 0, None] -> 10/16; nothing -> NaN."""
     d, rng = np.array(differences, float), np.random.default_rng(seed)
     nothing, d = np.isnan(d).all(), d[np.abs(d) > 0]

@@ -83,11 +83,9 @@ def visible(text, spans):
     spans = _check_spans("text", spans)
     if spans.size and (spans.min() < 0 or spans.max() > len(text)):
         raise ValueError(f"spans leave the text, which has {len(text)} characters")
-    space = np.fromiter(map(str.isspace, text), dtype=bool, count=len(text))
-    ink = np.append(0, np.cumsum(~space))  # [L + 1] number of non-whitespace characters before each
-    first = np.floor(spans[:, 0] + 1e-6).astype(int)
-    last = np.ceil(spans[:, 1] - 1e-6).astype(int)
-    return (spans[:, 1] > spans[:, 0]) & (ink[last] > ink[first])
+    ink = np.cumsum([0] + [not c.isspace() for c in text])  # [L + 1] non-whitespace before each
+    C = np.interp(spans, np.arange(len(ink)), ink)  # [T, 2], as in `align`
+    return C[:, 1] - C[:, 0] > 1e-6
 
 
 def spans_from_ids(tokenizer, ids):

@@ -34,7 +34,11 @@ def read_prompts(path: str) -> list:
     `prompt` (str, messages), `where` ("file:line"); to evaluate: `facts` ([{"right", "wrong": [..],
     "kind"}]), `pattern` (regular expression), `answer` and its `kind`, `rubrics` ([{"criterion",
     "points"}]); CaT-SFT's `output`.  ValueError: what, where; a data set's bad rows are skipped."""
-    files, rows = download(path) if path in HUB else [path], []
+    files, rows = [path], []
+    if path in HUB:
+        repository, names = HUB[path]
+        with one_line_error(f"{path}: {repository} cannot be downloaded"):
+            files = [hf_hub_download(repository, name, repo_type="dataset") for name in names]
     for where, item in (pair for file in files for pair in items_of(file)):
         try:
             rows.append(check_row(where, item))
@@ -87,13 +91,6 @@ def check_row(where: str, row) -> dict:
         raise ValueError(f"{where}: {what}") from None
     return {"prompt": prompt, "where": where, "facts": facts, "rubrics": rubrics, **text,
             "criteria": criteria, "points": points, "pattern": row.get("pattern")}
-
-
-def download(name: str) -> list:
-    """The local paths of a data set's files.  ValueError in one line."""
-    repository, files = HUB[name]
-    with one_line_error(f"{name}: {repository} cannot be downloaded"):
-        return [hf_hub_download(repository, file, repo_type="dataset") for file in files]
 
 
 def draw_prompts(rows: list, tokenizer, n: int = 5000, most_tokens: int = 512) -> list:

@@ -120,11 +120,15 @@ def begin(run, optimizer) -> int:
     o, folder, state, run.state = run.options, run.options.output_dir, run.state, None
     if not o.resume and os.path.exists(f"{folder}/metrics.jsonl"):
         raise ValueError(f"--output_dir {folder} was taken by another run")
+    metrics, samples = ([row for row in read_lines(f"{folder}/{name}.jsonl")
+                         if row["step"] <= state["step"]] for name in ("metrics", "samples"))
+    if [row["step"] for row in metrics] != [*range(state["step"] + 1)]:
+        raise ValueError(f"{folder}/metrics.jsonl lacks steps up to {state['step']}: restore it")
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
     write_atomically(f"{folder}/config.json", json.dumps(vars(o) | {"resume": False}, indent=1))
-    for path in (f"{folder}/metrics.jsonl", f"{folder}/samples.jsonl"):
-        write_lines(path, [row for row in read_lines(path) if row["step"] <= state["step"]])
+    write_lines(f"{folder}/metrics.jsonl", metrics)
+    write_lines(f"{folder}/samples.jsonl", samples)
     return max(0, state["step"])
 
 

@@ -167,7 +167,7 @@ def test_health_benchs_split(tmp_path, monkeypatch):
     """4,500 conversations to train on and 500 others, from everywhere in the file, in its order; the same ones each time."""
     path = tmp_path / "health.jsonl"
     path.write_text("".join(json.dumps(HEALTH[1] | {"prompt": f"{i}"}) + "\n" for i in range(5000)))
-    monkeypatch.setattr(prompts, "download", lambda _: [str(path)])
+    monkeypatch.setattr(prompts, "hf_hub_download", lambda *_, **__: str(path))
     train, held_out = ([int(row["prompt"]) for row in prompts.read_prompts(name)] for name in ("healthbench", "healthbench-held-out"))
     assert (len(train), len(held_out)) == (4500, 500) and sorted(train + held_out) == list(range(5000))
     assert train == sorted(train) and held_out == sorted(held_out) and held_out[:5] == [0, 1, 9, 12, 19]

@@ -278,6 +278,18 @@ def test_a_broken_checkpoint_and_the_one_before(tmp_path, whole, damage):  # noq
     assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
 
 
+@pytest.mark.parametrize("damage", [lambda p: p.unlink(), lambda p: p.write_text("".join(p.read_text().splitlines(True)[:-1])),
+                                    lambda p: p.write_text("".join(p.read_text().splitlines(True)[1:]))], ids=["gone", "cut", "begun later"])
+def test_a_log_that_its_user_changed(tmp_path, whole, damage):  # noqa: F811
+    run = tmp_path / "run"
+    shutil.copytree(whole[0], run)
+    damage(run / "metrics.jsonl")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    status, _, err = fork(["--resume", "--output_dir", run, "--steps", 8], tmp_path)
+    assert status == 2 and "metrics.jsonl lacks steps up to 6: restore it" in err.strip().splitlines()[-1], err
+    assert before == {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
 @pytest.mark.parametrize("where", ["/proc/run", "/dev/null/run"])
 def test_a_folder_that_cannot_be_written(tmp_path, few, where):  # noqa: F811
     status, _, err = fork([*TINY, *few, "--output_dir", where], tmp_path)

@@ -163,7 +163,7 @@ def test_rows_of_other_peoples_data_sets(tmp_path, capsys, monkeypatch):
     """There a row that is no prompt is left out, and said so; in one's own file it is an error."""
     path = str(tmp_path / "p.jsonl")
     (tmp_path / "p.jsonl").write_text('{"instruction": "a"}\n{"instruction": " "}\n{"text": "b"}\n{"instruction": "c"}\n')
-    monkeypatch.setattr(prompts, "download", lambda _: [path])
+    monkeypatch.setattr(prompts, "hf_hub_download", lambda *_, **__: path)
     assert [r["prompt"] for r in prompts.read_prompts("alpaca_eval")] == ["a", "c"]
     said = capsys.readouterr().out.splitlines()
     assert [line.split(": ")[:2] for line in said] == [["left out", f"{path}:2"], ["left out", f"{path}:3"]] and "not empty" in said[0]

@@ -2,6 +2,7 @@
 import math
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -73,25 +74,27 @@ def test_the_other_rewards_are_reward_functions():
     assert broken == [None] * 4 or all(0 <= r <= 1 for r in broken)
 
 
-def screen(*command):
-    """What a script prints, run alone: at most 80 columns, no colours where nobody sees them."""
-    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0 and not done.stderr.strip() and "\x1b" not in done.stdout, done.stderr
-    assert max(map(len, done.stdout.split("\n"))) <= 80
-    return done.stdout
+def screen(folder, name, *arguments):
+    """What `python NAME.py ARGUMENTS` prints, in a forked child: at most 80 columns, no colours where nobody sees them."""
+    main = lambda: runpy.run_path(f"{ROOT}/{name}.py", run_name="__main__")  # noqa: E731
+    status, out, err = fork(arguments, folder, script=SimpleNamespace(__name__=name, main=main))
+    assert status == 0 and not err.strip() and "\x1b" not in out and max(map(len, out.split("\n"))) <= 80, err
+    return out
 
 
-def test_align_alone():
-    out = screen("align.py")
+def test_align_alone(tmp_path):
+    out = screen(tmp_path, "align")
+    done = subprocess.run([sys.executable, "align.py"], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and done.stdout == out and not done.stderr.strip()
     assert "|un|happi ness|" in out and "|un happi|ness|" in out and "'happiness'       'ness' -2.00" in out
     for shown, verifiers in (line.split("  total: the verifier's is ") for line in re.findall(r".*total.*", out)):
         assert float(shown) == float(verifiers)
     assert out.count("total") == 3 and out.count("0.25 of it") == 2 and "masked  ' '" in out
 
 
-def test_grpo_alone():
+def test_grpo_alone(tmp_path):
     """The numbers on the screen, by hand: the second of two responses at position 3 has the mean -2.5 and the deviation 2.1213."""
-    out = screen("grpo.py")
+    out = screen(tmp_path, "grpo")
     rows = [line.split() for line in out.split("\n") if line.startswith("y_")]
     assert [row[:2] for row in rows] == [["y_1", "1"], ["y_1", "2"], ["y_1", "3"], ["y_2", "1"], ["y_2", "2"], ["y_3", "1"], ["y_3", "2"], ["y_3", "3"], ["y_4", "1"]]
     assert rows[7][3] == f"{1.5 / (4.5 ** 0.5 + 1e-4):.2f}" and rows[5][3:8] == ["-1.22", "1.30", "1.20", "-1.59", "0.133"] and rows[6][7] == "0.000"
@@ -101,7 +104,7 @@ def test_grpo_alone():
 
 
 def test_cme_alone(tmp_path):
-    out = screen("cme.py", "Describe Rosa.", "Rosa keeps a dog and lives in Prague. Rosa loves the colour golden and likes rice.")
+    out = screen(tmp_path, "cme", "Describe Rosa.", "Rosa keeps a dog and lives in Prague. Rosa loves the colour golden and likes rice.")
     ours, verifiers = re.search(r"(\S+)  total: the verifier's is (\S+)", out).groups()
     assert ours == verifiers and float(ours) < -20 and "' dog'" in out and "|Ro|s|a| keeps" in out
     script = SimpleNamespace(__name__="cme", main=shown.cme)

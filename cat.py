@@ -107,7 +107,7 @@ def estimators(model, *, seed: int = 0, **settings) -> dict:
             "min-perplexity": partial(best_by, getattr(model, "logprob", None))}
 
 
-ARG = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # a braced group, nested up to two levels
+ARG = r"\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}"  # a braced group, two more levels inside
 RULES = [  # (pattern, replacement): applied in order, repeatedly, until nothing changes
     (r"\^\{\\circ\}|\\degree|°|\\?[%$]|(?<![., ])[.,]\Z", ""),  # 90^{\circ} -> 90, \$5. -> 5
     (r"(?<=\d)\^\{?\\(?:text|mathrm)\{(?:st|nd|rd|th)\}\}?", ""),  # 12^{\text{th}} -> 12

@@ -174,7 +174,7 @@ def read_preference(reply):
 
 def tasks_of(rows: list, texts: dict, seed: int = 0) -> dict:
     """{(prompt's index, names shown, criterion's index or None): question to the judge}, for every
-    criterion and response, or (no rubrics) pair, in an order drawn by seed, pair and prompt."""
+    criterion and response, else (no rubrics) pair; its order is drawn by seed, pair, prompt."""
     tasks, rubrics = {}, any(row["rubrics"] for row in rows)
     for names in combinations(sorted(texts), 1 if rubrics else 2):
         for i, row in enumerate(rows):
@@ -286,7 +286,7 @@ def respond(o: Options, name: str, rows: list):
     model = LocalModel(*load(f"--models {name}", where, o.device), batch_tokens=o.batch_tokens)
     for i in progress(range(len(done), len(rows), PART), desc=name):
         replies = answers(model, estimator[:-1], rows[i : i + PART], o, 2 * (o.seed + i))
-        if not done:  # it can answer: first claim the folder, which may hold others' models
+        if not done:  # it can answer: first claim the folder, keep others' models listed
             saved["models"] = read_json(file).get("models", {}) | {name: o.models[name]}
             write_atomically(file, json.dumps(saved))
             write_lines(f"{o.output_dir}/prompts.jsonl", rows)

@@ -109,7 +109,7 @@ def prefill(model, prompt_ids: list, prompt_of: torch.Tensor):
 def stepper(model, cache, attend, room: int):
     """A cache of L tokens, attend [B, L] -> step(token [B, 1], attend [B, L + 1], then [B, L + 2]
     ...) -> hidden states [B, 1, D], up to `room` times.  The cache is allocated once (transformers
-    copies it at every token), not for windows, Bloom, Falcon; on CUDA a step is one graph, unless
+    copies it at every token), but for windows, Bloom, Falcon; on CUDA a step is one graph, unless
     its capture fails (a GPU sync), which breaks torch's default generator: give `draw` its own."""
     kinds = {type(layer).__name__ for layer in cache.layers}
     if kinds != {"DynamicLayer"} or model.config.model_type in ("bloom", "falcon", "gpt_neo"):
@@ -219,7 +219,7 @@ def token_logprobs(model, prompt_ids: list, ids, lengths, *, temperature=1.0, en
     def score(first, *part):
         logits = model_logits(model, hidden, *part)  # [K, chunk]
         logits = logits if temperature == 1 else logits / temperature
-        logits = logits if part else logits.log_softmax(-1)  # then its log-sum-exp is 0
+        logits = logits if part else logits.log_softmax(-1)  # whole: log-sum-exp 0
         total = logits.logsumexp(-1) if part else logits.new_zeros(len(row))
         found = logits.gather(-1, (target - first).clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
         x, z = logits.detach(), total.detach()[:, None]

@@ -42,7 +42,7 @@ class Options:
         "cme", "cme: per token (Eq. 1), cme-sequence: per response (Eq. 3), reverse-kl: that - log "
         "pi, rent: minus entropy; cat: rubric (Eq. 3-4), cat-answer: same answer, cat-match: "
         "judged equal, rubric-given: the data's, cat-sft: cross-entropy on `output` (Eq. 12)")
-    credit: Literal["token", "word"] = option("token", "cme: token rewards, or word sums")
+    credit: Literal["token", "word"] = option("token", "cme: the paper's, or the word's sum")
     score_stop: bool = option(False, "cme: the verifier scores the stop too; else it is masked")
     generator: str = option("", "model to train: hub name, folder, checkpoint; empty: the toy's")
     verifier: str = option(f"{TOY}/cme/verifier", "CME: scorer; random:MODEL: random weights")

@@ -6,7 +6,7 @@ import numpy as np
 
 
 def estimate(values, least=-math.inf) -> dict:
-    """Mean, 95% interval (both >= least), standard error, n: [1, 0, None] -> .5, 0, 1, .5, 2."""
+    """Mean, 95% interval (all >= least), standard error, n: [1, 0, None] -> .5, 0, 1, .5, 2."""
     v = np.array(values, float)
     interval, v = bootstrap_interval(v), v[~np.isnan(v)]
     error = float(v.std(ddof=1)) / math.sqrt(len(v)) if len(v) > 1 else math.nan

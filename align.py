@@ -32,14 +32,13 @@ def align(values, source, target):
     Closed form: let C(c) be the sum of `values` up to character c, piecewise linear; then
     r_t = C(b_t) - C(a_t).  values [N], any unit (here nats); source [N, 2] and target [T, 2],
     spans in characters of the same text -> float64 [T] with Σ result = Σ values.
+    A source token of width 0 passes its value to the next one with width, else to the last (if none
+    has, all is 0); a target token that overlaps none gets 0.  ValueError: wrong shapes; values not
+    finite; spans unordered, overlapping or reversed; target does not cover source (two texts).
     "unhappiness", verifier `unhappi|ness` with -7 and -2 nats, generator `un|happiness`: 2/7 of the
     first verifier token lies over `un`; its other 5/7, and all of the second, over `happiness`:
     >>> align([-7.0, -2.0], [[0, 7], [7, 11]], [[0, 2], [2, 11]])
-    array([-2., -7.])
-
-    A source token of width 0 passes its value to the next one with width, else to the last (if none
-    has, all is 0); a target token that overlaps none gets 0.  ValueError: wrong shapes; values not
-    finite; spans unordered, overlapping or reversed; target does not cover source (two texts)."""
+    array([-2., -7.])"""
     values = np.asarray(values, dtype=np.float64)
     source, target = _check_spans("source", source), _check_spans("target", target)
     if values.shape != (len(source),):

@@ -165,8 +165,8 @@ def answer_key(text) -> str:
 
 
 def answer_rewards(rollouts: list, references: list) -> torch.Tensor:
-    """Eq. 2: 1 if answer(o) = answer(s), else 0 -> [B] float32.  NaN for a whole group where the
-    reference has no answer, and for o = None.  Answers (7, no box, 8), reference 7 -> 1, 0, 0."""
+    """Eq. 2: rollouts [P][G], references [P] -> [P * G] float32, 1 if answer(o) = answer(s) or 0.
+    NaN: the group's reference has no answer; o is None.  (7, no box, 8), reference 7 -> 1, 0, 0."""
     keys = [answer_key(reference) for reference in references]
     return torch.tensor([float(answer_key(y) == key) if key and y is not None else math.nan
                          for group, key in zip(rollouts, keys, strict=True) for y in group])

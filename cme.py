@@ -22,8 +22,8 @@ def aligned_rewards(values, source, text, target, credit: str = "token"):
     """Eq. 1, r_t = sum_j w_jt log p_V(v_j | x, v_<j), for one response -> rewards [T], mask [T].
     values [N]: log p_V of the verifier's tokens, nats; source [N, 2]: their spans in characters of
     `text`; target [T, 2]: those of the generator's tokens.  The mask is False, and the reward 0,
-    for tokens that show nothing (whitespace, special) or overlap no verifier token; unmasked, with
-    credit "token" (the paper's), the rewards sum to sum(values); "word": see `word_credit`.
+    for tokens that show nothing (whitespace, special) or overlap no verifier token.  Before masking
+    rewards sum to sum(values) with credit "token" (the paper's); "word": see `word_credit`.
     un|happiness, verifier unhappi|ness with -7 and -2 -> rewards -2 and -7."""
     rewards, mask = align(values, source, target), visible(text, target)
     if credit == "word":

@@ -1,9 +1,9 @@
 """GRPO, written out: sampling, token log-probabilities, advantages, loss (Shao et al., 2024).
 
-A `model` is a causal language model of transformers, a prompt a list of ids, responses are tensors.
-Notation, in the whole project: P prompts, G responses per prompt, B = P * G rows (the G of a prompt
-adjacent), T generator tokens of a response (right-padded), N verifier tokens, V vocabulary, D
-hidden size, L padded length (align.py: characters), K tokens of a batch.  Masks: from lengths.
+A `model` is a causal language model of transformers (peft's: its .base_model.model), a prompt a
+list of ids, responses are tensors.  Notation, in the whole project: P prompts, G responses each,
+B = P * G rows (the G of a prompt adjacent), T generator tokens of a response (right-padded), N of
+the verifier, V vocabulary, D hidden size, L padded length, K tokens of a batch.
 
 Deliberate departures from the papers:
  1. A token whose *reward* is masked (whitespace, special) gets advantage 0, so no policy gradient;

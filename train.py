@@ -39,13 +39,13 @@ TOYS = {  # defaults, by reward: generator, prompts, eval_prompts, lr, steps
 class Options:
     reward: Literal["cme", "cme-sequence", "reverse-kl", "rent", "cat", "cat-answer", "cat-match",
                     "rubric-given", "cat-sft"] = option(
-        "cme", "cme: per token (Eq. 1), cme-sequence: per response (Eq. 3), reverse-kl: that - log "
-        "pi, rent: minus entropy; cat: rubric (Eq. 3-4), cat-answer: same answer, cat-match: "
+        "cme", "cme: per token (Eq. 1), cme-sequence: per response (Eq. 3), reverse-kl: Eq. 3 - "
+        "log pi, rent: minus entropy; cat: rubric (Eq. 3-4), cat-answer: same answer, cat-match: "
         "judged equal, rubric-given: the data's, cat-sft: cross-entropy on `output` (Eq. 12)")
     credit: Literal["token", "word"] = option("token", "cme: the paper's, or the word's sum")
     score_stop: bool = option(False, "cme: the verifier scores the stop too; else it is masked")
     generator: str = option("", "model to train: hub name, folder, checkpoint; empty: the toy's")
-    verifier: str = option(f"{TOY}/cme/verifier", "CME: scorer; random:MODEL: random weights")
+    verifier: str = option("", "CME: scorer; random:MODEL: random weights; empty: the toy's")
     watch_verifier: str = option("", "a second verifier: scores at evaluations, never trained on")
     estimator: Literal[tuple(cat.estimators(None))] = option("synthesis", "CaT: makes references")
     judge: str = option("", "CaT: a model or MODEL@URL (JUDGE_API_KEY); empty: the initial policy")
@@ -79,7 +79,7 @@ class Options:
     output_dir: str = option("", "for all output; empty: runs/REWARD-DATE-TIME (--resume: newest)")
     resume: bool = option(False, "continue the run in --output_dir, with its options")
     save_every: int = option(20, "steps between checkpoints; the last two are kept")
-    keep: Literal["last", "best"] = option("last", "best: the model with the best held-out score")
+    keep: Literal["last", "best"] = option("last", "end with the last or the best held-out model")
     eval_every: int = option(10, "steps between held-out scores and samples; 0: first and last")
     device: str = option("", "cpu, cuda, cuda:1, ...; empty: cuda if there is one")
     bf16: bool = option(False, "compute in bf16 on a CPU too, as on CUDA: for real models")
@@ -91,6 +91,7 @@ class Options:
         for name, value in zip(("generator", "prompts", "eval_prompts", "lr", "steps"), toy):
             if not own and getattr(self, name) in ("", None):
                 setattr(self, name, value)
+        self.verifier = self.verifier or ("" if own else f"{TOY}/cme/verifier")
 
 
 def prompts_of_step(prompts: list, per_step: int, seed: int, step: int) -> list:
@@ -160,7 +161,7 @@ def step_rewards(run, rows: list, prompt_ids, ids, lengths, seed: int):
     texts, _ = run.actor.texts(ids, lengths)
     if o.reward in ("cme-sequence", "reverse-kl"):
         rewards = cme.sequence_rewards(*run.verifier, prompts, texts).to(ids.device)
-        if o.reward == "reverse-kl":  # mean log p_V - mean log pi (with the stop)
+        if o.reward == "reverse-kl":  # mean of log p_V over N - mean of log pi over T
             rewards = rewards - logprobs(run, run.policy, *batch).sum(1) / lengths
     elif o.reward == "cat-sft":  # logged, not trained on
         rewards = logprobs(run, run.policy, *batch).sum(1) / lengths
@@ -225,8 +226,8 @@ def scores_of(run) -> dict:
 def check_start(run, counted, told: dict) -> dict:
     """The first step: how often is the judge right?  ValueError: there is no reward at all."""
     if not counted.any():
-        raise ValueError("no reward in the first step: answers empty or too long, or no reference, "
-                         f"\\boxed, rubric or verdict. {getattr(run.judge, 'last_error', '')}")
+        why = getattr(run.judge, "last_error", "")
+        raise ValueError(f"no reward in the first step, see what the sample above lacks. {why}")
     if run.options.reward != "cat":
         return {}
     skill = cat.judge_skill(told["reference"], told["rubric"], run.judge)
@@ -265,6 +266,8 @@ def train(run) -> dict:
         # 2. their rewards: what the verifier thinks of each token, or agreement with the reference
         seed = 8 * (o.seed * 1_000_003 + step)  # synthesis; + 1: rubrics, + 2: the rollouts
         rewards, counted, told = step_rewards(run, rows, *batch, seed)
+        if not step and not counted.any():
+            show_samples(run, G, 0, rows, ids, lengths, rewards, counted, told)
         skill = check_start(run, counted, told) if not step else {}
         clock.append(time.time())
         # 3. compared within the group
@@ -288,7 +291,7 @@ def train(run) -> dict:
         # 5. how it went
         row = metrics_of(run, G, ids, lengths, rewards, counted, advantages, told, updates)
         row |= {"lr": learning_rate(o, step)} | skill
-        bar.postfix = numbers({name: row[name] for name in ("reward", "kl", "skipped")})
+        bar.postfix = numbers({k: row[k] for k in ("reward", "kl", "truncated", "skipped")})
         if step + 1 == o.steps or (o.eval_every and (step + 1) % o.eval_every == 0):
             show_samples(run, G, step + 1, rows, ids, lengths, rewards, counted, told)
             row["held_out"] = scores_of(run)

@@ -55,7 +55,9 @@ def rewards_table(text: str, target, rewards, mask, source, values) -> str:
         done += len(has)
         said = ", ".join(f"{text[math.floor(source[j][0] + 1e-6):math.ceil(source[j][1] - 1e-6)]!r} {values[j]:.2f}" for j in has)
         lines.append(f"{f'{reward:.2f}' if counted else 'masked':>8}  {name:<18}{said}"[:WIDTH])
-    return "\n".join([*lines, f"{sum(rewards):8.2f}  total: the verifier's is {sum(values):.2f}\n"])
+    kept = sum(reward for reward, counted in zip(rewards, mask) if counted)
+    lost = "" if kept < sum(values) + 0.005 else f", of which {sum(values) - kept:.2f} are masked"
+    return "\n".join([*lines, f"{kept:8.2f}  total: the verifier's is {sum(values):.2f}{lost}\n"])
 
 
 def align():
@@ -158,6 +160,9 @@ def cat():
         verdicts = cat.judge_rubrics(rollouts, rubrics, model)
         rewards = cat.rubric_rewards(verdicts)
     told = cat.show(o.prompt, rollouts[0], rewards.tolist(), reference=references[0], rubric=rubrics[0], verdicts=verdicts[0])
+    if rewards.isnan().all():
+        lacks = "the reference has no \\boxed answer" if o.style == "stepwise" else f"no {'verdict' if rubrics[0] else 'rubric'} can be read"
+        told += f"\nno reward: {lacks}"
     print("\n".join(textwrap.fill(line, WIDTH, subsequent_indent=" " * 8) for line in told.split("\n")))
 
 

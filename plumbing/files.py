@@ -54,8 +54,7 @@ def parse_json(where: str, text: str):
 
 def read_json(path: str) -> dict:
     """What a JSON file holds; {} if there is no file."""
-    file = Path(path)
-    return parse_json(path, file.read_text("utf-8", errors="replace")) if file.exists() else {}
+    return parse_json(path, Path(path).read_text("utf8", "replace")) if os.path.exists(path) else {}
 
 
 def checkpoints(folder: str) -> list:

@@ -103,7 +103,7 @@ def prepare(o):
         run.anchor = LocalModel(run.reference, tokenizer, **sampling)
         run.judge = run.anchor if judged else None
     if o.reward in ("cme", "cme-sequence", "reverse-kl"):
-        run.verifier = load("--verifier", o.verifier, o.device, bf16=o.bf16)
+        run.verifier = load("--verifier", o.verifier or "(none)", o.device, bf16=o.bf16)
     if o.watch_verifier:
         watch = load("--watch_verifier", o.watch_verifier, o.device, bf16=o.bf16)
         run.watch = {"watch": watch} | ({"trained": run.verifier} if run.verifier else {})
@@ -156,7 +156,7 @@ def record(run, optimizer, step: int, row: dict, now=()):
     """What is due after a step: its line in metrics.jsonl, and on the screen; a checkpoint."""
     o, metrics = run.options, f"{run.options.output_dir}/metrics.jsonl"
     append_line(metrics, {"step": step} | row)
-    if "held_out" in row:
+    if row.get("held_out"):
         tqdm.write(f"step {step}: {numbers(row['held_out'])}", file=sys.stdout)
     best = best_step(o, read_lines(metrics)) if o.keep == "best" else 0
     if step and (now or step % o.save_every == 0 or step in (best, o.steps)):

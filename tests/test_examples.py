@@ -87,8 +87,11 @@ def test_align_alone(tmp_path):
     done = subprocess.run([sys.executable, "align.py"], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and done.stdout == out and not done.stderr.strip()
     assert "|un|happi ness|" in out and "|un happi|ness|" in out and "'happiness'       'ness' -2.00" in out
-    for shown, verifiers in (line.split("  total: the verifier's is ") for line in re.findall(r".*total.*", out)):
-        assert float(shown) == float(verifiers)
+    rewards = [sum(map(float, re.findall(r"(?m)^ *(-\d+\.\d\d)  (?!total)", table))) for table in out.split("reward  generator")[1:]]
+    totals = re.findall(r"(\S+)  total: the verifier's is (-\d+\.\d\d)(?:, of which (\S+) are masked)?\n", out)
+    assert [float(shown) for shown, *_ in totals] == pytest.approx(rewards, abs=0.02)
+    assert [float(verifiers) for _, verifiers, _ in totals] == [float(shown) + float(masked or 0) for shown, _, masked in totals]
+    assert [masked for *_, masked in totals] == ["", "", "-1.00"]
     assert out.count("total") == 3 and out.count("0.25 of it") == 2 and "masked  ' '" in out
 
 

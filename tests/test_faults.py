@@ -135,7 +135,8 @@ def context_for_the_response(tmp_path):
     ("--verifier", context_for_the_response, 0, ""), ("--generator", without_padding, 0, ""), ("--generator", without_template, 0, "")])
 def test_models_and_tokenizers(tmp_path, few, option, model, status, said):  # noqa: F811
     """Refused in one line or, where nothing is missing that is needed, used."""
-    got, out, err = fork([*TINY, *few, "--steps", 1, "--output_dir", tmp_path / "run", option, model(tmp_path)], tmp_path)
+    verifier = ["--verifier", ROOT / "toy/cme/verifier"]
+    got, out, err = fork([*TINY, *few, *verifier, "--steps", 1, "--output_dir", tmp_path / "run", option, model(tmp_path)], tmp_path)
     assert got == status and "Traceback" not in err and said in err, err
     assert status == 0 or err.strip().splitlines()[-1].startswith("train.py: ")
 
@@ -186,7 +187,7 @@ def test_a_large_prompt_file(tmp_path):
 def test_a_run_of_a_moment(tmp_path):
     """Its seconds are no divisor; --watch_verifier may come with --resume; a terminal may be ASCII only."""
     (tmp_path / "p.jsonl").write_text('{"prompt": "Describe Zoë — 日本."}\n')
-    models_ = ["--generator", f"{ROOT}/toy/cme/generator", "--prompts", tmp_path / "p.jsonl", "--lr", 1e-3, "--warmup_steps", 0]
+    models_ = ["--generator", f"{ROOT}/toy/cme/generator", "--verifier", f"{ROOT}/toy/cme/verifier", "--prompts", tmp_path / "p.jsonl", "--lr", 1e-3, "--warmup_steps", 0]
     arguments = [*models_, "--steps", 1, "--group_size", 2, "--prompts_per_step", 1, "--max_new_tokens", 2, "--eval_prompts", tmp_path / "p.jsonl"]
     ascii_only = lambda: setattr(sys, "stdout", open(1, "w", closefd=False, encoding="ascii"))                # noqa: E731
     status, out, err = fork([*arguments, "--output_dir", tmp_path / "run0"], tmp_path, ascii_only)
@@ -344,5 +345,13 @@ def test_a_judge_that_dies_midway(tmp_path, serve, monkeypatch):  # noqa: F811
 def test_a_run_without_any_reward_ends_at_once(tmp_path, few):
     """A verifier that has no room for one response: said in the first step, not a run that learns nothing to its end."""
     path = changed(tmp_path, "small", lambda model, _: setattr(model.config, "max_position_embeddings", 12))
-    status, _, err = fork([*TINY, *few, "--verifier", path, "--output_dir", tmp_path / "run"], tmp_path)
+    status, out, err = fork([*TINY, *few, "--verifier", path, "--output_dir", tmp_path / "run"], tmp_path)
     assert status == 2 and "no reward in the first step" in err.splitlines()[-1] and "Traceback" not in err, err
+    assert "reward nan" in out                                                 # what the model wrote is shown
+
+
+def test_a_model_and_prompts_of_ones_own_are_not_scored_by_the_toys_verifier(tmp_path):
+    own = ["--generator", f"{ROOT}/toy/cme/generator", "--prompts", f"{ROOT}/toy/cme/prompts.jsonl", "--lr", 1e-3, "--steps", 1]
+    for reward in ("cme", "cme-sequence", "reverse-kl"):
+        status, _, err = fork([*own, "--reward", reward, "--output_dir", tmp_path / "run"], tmp_path)
+        assert status == 2 and "--verifier (none): no model" in err and not (tmp_path / "run").exists(), err

@@ -85,7 +85,7 @@ def test_killed_and_resumed_is_the_same_to_the_bit(tmp_path, whole, few, where):
     ["--estimator", "single"], ["--estimator", "min-perplexity"],
     ["--reward", "cat-sft", "--prompts", "output.jsonl"], ["--rubric_from", "question"], ["--question_in_synthesis"], ["--kl_in", "reward", "--beta", 0.1],
     ["--length_penalty_after", 20, "--beta", 0], ["--updates_per_rollout", 2, "--judge", "toy/cat/model"],
-    ["--reward", "cme-sequence", "--generator", "toy/cat/model", "--length_penalty_after", 20, "--kl_in", "reward"]], ids=lambda a: " ".join(map(str, a)))
+    ["--reward", "cme-sequence", "--generator", "toy/cat/model", "--verifier", "toy/cme/verifier", "--length_penalty_after", 20, "--kl_in", "reward"]], ids=lambda a: " ".join(map(str, a)))
 def test_options_run(tmp_path, few, outputs, arguments):
     status, out, err = run(tmp_path, few, *[outputs if a == "output.jsonl" else a for a in arguments], "--steps", 2)
     assert status == 0, err

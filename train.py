@@ -227,7 +227,7 @@ def check_start(run, counted, told: dict) -> dict:
     """The first step: how often is the judge right?  ValueError: there is no reward at all."""
     if not counted.any():
         why = getattr(run.judge, "last_error", "")
-        raise ValueError(f"no reward in the first step, see what the sample above lacks. {why}")
+        raise ValueError(f"no reward in the first step: no text, \\boxed, rubric or verdict {why}")
     if run.options.reward != "cat":
         return {}
     skill = cat.judge_skill(told["reference"], told["rubric"], run.judge)

@@ -230,7 +230,7 @@ def test_escaped_criteria_come_back(criteria, around):
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 9), st.text(st.sampled_from("<>/&;![]-\"' =\x00\ud800") | st.characters(), max_size=4)
+@given(st.lists(st.tuples(st.integers(0, 400), st.integers(0, 9), st.text(st.sampled_from("<>/&;![]-\"' =\x00") | st.characters(codec="utf-8"), max_size=4)
     | st.sampled_from(
     ["<rubric>", "</rubric>", "<criterion>", "</criterion>", "<![CDATA[", "]]>", "<!--", "-->", "<!DOCTYPE", "<?", "<script>", "&#", "<think>",
     "</think>"])), max_size=8), st.integers(0, 5))
@@ -241,7 +241,7 @@ def test_mutated_rubrics_never_raise(edits, limit):
     criteria = read_rubric(text, limit)
     assert len(criteria) <= limit and len(set(criteria)) == len(criteria)
     assert all(c and c == " ".join(c.split()) and len(c) <= 1000 for c in criteria)
-    "".join(criteria).encode("utf-8")                                                        # no lone surrogate: can be written to a file
+    "".join(criteria).encode("utf-8")                                                        # can be written: &#xd800; is no lone surrogate (decode and Endpoint give none)
 
 
 @settings(deadline=None)

@@ -45,7 +45,7 @@ class Options:
     credit: Literal["token", "word"] = option("token", "cme: the paper's, or the word's sum")
     score_stop: bool = option(False, "cme: the verifier scores the stop too; else it is masked")
     generator: str = option("", "model to train: hub name, folder, checkpoint; empty: the toy's")
-    verifier: str = option("", "CME: scorer; random:MODEL: random weights; empty: the toy's")
+    verifier: str = option("", "CME: scorer, or random:MODEL; for the toy empty: its own")
     watch_verifier: str = option("", "a second verifier: scores at evaluations, never trained on")
     estimator: Literal[tuple(cat.estimators(None))] = option("synthesis", "CaT: makes references")
     judge: str = option("", "CaT: a model or MODEL@URL (JUDGE_API_KEY); empty: the initial policy")

@@ -103,7 +103,7 @@ def prepare(o):
         run.anchor = LocalModel(run.reference, tokenizer, **sampling)
         run.judge = run.anchor if judged else None
     if o.reward in ("cme", "cme-sequence", "reverse-kl"):
-        run.verifier = load("--verifier", o.verifier or "(none)", o.device, bf16=o.bf16)
+        run.verifier = load("--verifier", o.verifier or "(give one)", o.device, bf16=o.bf16)
     if o.watch_verifier:
         watch = load("--watch_verifier", o.watch_verifier, o.device, bf16=o.bf16)
         run.watch = {"watch": watch} | ({"trained": run.verifier} if run.verifier else {})

@@ -354,4 +354,4 @@ def test_a_model_and_prompts_of_ones_own_are_not_scored_by_the_toys_verifier(tmp
     own = ["--generator", f"{ROOT}/toy/cme/generator", "--prompts", f"{ROOT}/toy/cme/prompts.jsonl", "--lr", 1e-3, "--steps", 1]
     for reward in ("cme", "cme-sequence", "reverse-kl"):
         status, _, err = fork([*own, "--reward", reward, "--output_dir", tmp_path / "run"], tmp_path)
-        assert status == 2 and "--verifier (none): no model" in err and not (tmp_path / "run").exists(), err
+        assert status == 2 and "--verifier (give one): no model" in err and not (tmp_path / "run").exists(), err

@@ -68,15 +68,18 @@ def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torc
     return torch.searchsorted(upto, u, right=True)[:, 0]
 
 
-def read(model, ids, attend, cache=None):
+def read(model, ids, attend, cache=None, place=None):
     """Runs the model on ids [B, n] after the L tokens in a cache; attend [B, L + n], 0: padding
+    (with `place` [B, n], the ids' positions, it is a mask [B, 1, n, L + n] that is added to scores)
     -> hidden states [B, n, D], the cache.  ValueError: the model keeps no cache."""
-    settings = {"attention_mask": attend, "past_key_values": cache, "use_cache": True}
-    place = (attend.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    out = model.base_model(input_ids=ids, position_ids=place, **settings)
-    if out.past_key_values is None or out.past_key_values.get_seq_length() < attend.shape[1]:
+    name = "cache" if "cache" in model.base_model.forward.__annotations__ else "past_key_values"
+    place = (attend.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :] if place is None else place
+    settings = {"attention_mask": attend, "position_ids": place, "use_cache": True, name: cache}
+    out = model.base_model(input_ids=ids, **settings)
+    cache = getattr(out, name)  # transformers 5.24 renamed it
+    if cache is None or cache.get_seq_length() < attend.shape[-1]:
         raise ValueError("the model keeps no cache: turn gradient checkpointing off")
-    return out.last_hidden_state, out.past_key_values
+    return out.last_hidden_state, cache
 
 
 def prefill(model, prompt_ids: list, prompt_of: torch.Tensor):
@@ -129,10 +132,7 @@ def stepper(model, cache, attend, room: int):
         layer.keys, layer.values = kept = [F.pad(x.to(dtype), (0, 0, 0, L + room - x.shape[2]))
                                            for x in (layer.keys, layer.values)]
         layer.update = partial(put, kept)  # not layer: a reference cycle would keep the memory
-    def forward():
-        inputs = {"input_ids": token, "position_ids": position, "attention_mask": mask[..., :end]}
-        return model.base_model(**inputs, past_key_values=cache, use_cache=True)[0]
-    run = forward
+    run = forward = lambda: read(model, token, mask[..., :end], cache, position)[0]
     if cuda:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(attend.device)
         stream.wait_stream(torch.cuda.current_stream(attend.device))

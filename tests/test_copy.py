@@ -67,8 +67,13 @@ class Tiny(torch.nn.Module):                  # the interface that grpo asks of 
         super().__init__()
         torch.manual_seed(0)
         self.inner, self.head = torch.nn.Embedding(8, 4), torch.nn.Linear(4, 8, bias=False)
+        self.base_model = Body(self.inner)
     def get_output_embeddings(self): return self.head
-    def base_model(self, input_ids, past_key_values=None, **_):
+class Body(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+    def forward(self, input_ids, past_key_values=None, **_):
         cache = past_key_values or Cache()
         cache.n += input_ids.shape[1]
         return SimpleNamespace(last_hidden_state=self.inner(input_ids), past_key_values=cache)

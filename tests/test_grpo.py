@@ -680,7 +680,7 @@ def test_prompts_are_split_into_batches(batch_tokens, sizes, monkeypatch):
     first, *others = map(len, want[::2])
     assert first != max(others), "one batch is shorter than another"
     hook = model.base_model.register_forward_pre_hook(
-        lambda _, args, kwargs: batches.append(kwargs["input_ids"].shape[0]) if kwargs.get("past_key_values") is None else None, with_kwargs=True)
+        lambda _, args, kwargs: batches.append(kwargs["input_ids"].shape[0]) if kwargs.get("cache", kwargs.get("past_key_values")) is None else None, with_kwargs=True)
     monkeypatch.setattr(models, "find_stop_ids", lambda *_: stop)
     try:
         ids, lengths = models.LocalModel(model, None, batch_tokens=batch_tokens).sample(PROMPTS, 2, max_new_tokens=10, temperature=0)

@@ -151,9 +151,9 @@ def answer_logprobs(model, tokenizer, prompts: list, answers: list, batch_tokens
     """log p(v_j | x, v_<j) of B answers (lists of ids) to B prompts -> B arrays [N], nats.
     Batches of similar length have at most `batch_tokens` (0: 4,096, on CUDA 65,536); equal rows are
     scored once.  A prompt too long loses its oldest tokens (not the first); still too long: NaN."""
-    context, rows = min(getattr(model.config, x, None) or math.inf for x in CONTEXT), []
+    context, rows, last = min(getattr(model.config, x, None) or math.inf for x in CONTEXT), [], None
     for prompt, answer in zip(prompts, answers, strict=True):
-        before = tuple(chat_ids(tokenizer, prompt))
+        last, before = prompt, before if prompt == last else tuple(chat_ids(tokenizer, prompt))
         over = max(0, len(before) + len(answer) - context)
         rows.append((() if over >= len(before) else before[:1] + before[1 + over :], tuple(answer)))
     scores = {(x, y): np.full(0 if x else len(y), np.nan) for x, y in rows}  # NaN: does not fit

@@ -263,14 +263,17 @@ def scoring(device="cpu", model=None):
     g = torch.Generator().manual_seed(0)
     asked = [f"{i} " + "please say what it is " * 25 for i in range(8) for _ in range(8)]
     answers = [torch.randint(2, V, (n,), generator=g).tolist() for n in torch.randint(8, 129, (64,), generator=g).tolist()]
+    scored(f"scoring by a verifier, 64 responses, {device}", model, tokenizer, asked, answers, 4 if device == "cpu" else 8)
+
+
+def scored(name, model, tokenizer, asked, answers, aim):
     befores = [models.chat_ids(tokenizer, prompt) for prompt in asked]
 
     def alone():
         with torch.no_grad():
             for before, answer in zip(befores, answers):
-                full_logprobs(model, [before], torch.tensor([answer], device=device), torch.tensor([len(answer)]))
-    beside(f"scoring by a verifier, 64 responses, {device}", lambda: models.answer_logprobs(model, tokenizer, asked, answers), "one at a time", alone,
-           4 if device == "cpu" else 8)
+                full_logprobs(model, [before], torch.tensor([answer], device=model.device), torch.tensor([len(answer)]))
+    beside(name, lambda: models.answer_logprobs(model, tokenizer, asked, answers), "one at a time", alone, aim)
 
 
 def large_vocabulary(device="cpu"):
@@ -389,6 +392,8 @@ def toy():
            lambda: generate(policy, prompt_ids, 8, 48, stop))
     beside("toy: forward and backward", lambda: grpo.token_logprobs(policy, of, ids, lengths).sum().backward(), "full log-softmax",
            lambda: sum(row.sum() for row in full_logprobs(policy, of, ids, lengths)).backward())
+    texts, _ = models.LocalModel(policy, tokenizer).texts(ids, lengths)
+    scored("toy: scoring by the verifier, 128 responses", *verifier, asked_of, models.plain_ids(verifier[1], texts), 4)
     print(f"toy: token_rewards of 128 responses: {shown(np.median([clock(lambda: cme.token_rewards(*verifier, tokenizer, asked_of, ids, lengths)) for _ in range(5)]))}")
     rewards, mask = torch.randn(256, 1024), torch.rand(256, 1024) > 0.1
     print(f"position_advantages, 256 x 1,024: {shown(np.median([clock(lambda: grpo.position_advantages(rewards, mask, 8)) for _ in range(5)]))}")

@@ -72,8 +72,8 @@ def load(what: str, path: str, device="", train=False, **settings):
 
 def two_at_a_time(model, f, parts):
     """Pairs (part, f(part)), in order; for a tiny model on a CPU two threads work up to 4 ahead."""
-    tiny = model.num_parameters() < TINY and model.device.type == "cpu"
-    if not tiny or torch.is_autocast_enabled("cpu"):  # new threads start without autocast
+    gains = model.num_parameters() < TINY and model.device.type == "cpu" and len(parts) > 1
+    if not gains or torch.is_autocast_enabled("cpu"):  # new threads start without autocast
         return zip(parts, map(f, parts))
     def begin(grad=torch.is_grad_enabled()):  # set per thread; autocast's cache would be shared
         torch.set_grad_enabled(grad), torch.set_autocast_cache_enabled(False)

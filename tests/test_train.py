@@ -319,7 +319,8 @@ def test_two_at_a_time_keeps_the_order_and_says_what_went_wrong():
     assert seen == [(1, (1, False, False)), (2, (2, False, False))]
     assert [*models.two_at_a_time(model, slow, [2, 1])] == [(2, (2, True, False)), (1, (1, True, False))]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert [*models.two_at_a_time(model, slow, [1])] == [(1, (1, True, True))]
+        assert [*models.two_at_a_time(model, slow, [2, 1])] == [(2, (2, True, True)), (1, (1, True, True))]
+    assert [*models.two_at_a_time(model, lambda _: threading.current_thread(), [1])] == [(1, threading.main_thread())]  # one part gains nothing
 
 
 def test_rent_and_reverse_kl_are_their_definitions():

@@ -70,7 +70,7 @@ def draw(logits, *, temperature=1.0, top_k=0, top_p=1.0, generator=None) -> torc
 
 def read(model, ids, attend, cache=None, place=None):
     """Runs the model on ids [B, n] after the L tokens in a cache; attend [B, L + n], 0: padding
-    (with `place` [B, n], the ids' positions, it is a mask [B, 1, n, L + n] that is added to scores)
+    (or, given the ids' positions `place` [B, n], a float mask [B, 1, n, L + n] to add to scores)
     -> hidden states [B, n, D], the cache.  ValueError: the model keeps no cache."""
     name = "cache" if "cache" in model.base_model.forward.__annotations__ else "past_key_values"
     place = (attend.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :] if place is None else place
